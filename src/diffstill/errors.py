@@ -1,0 +1,38 @@
+"""The two kinds of failure a user meets: bad input (exit code 2) and a failed run (exit code 1)."""
+
+from __future__ import annotations
+
+
+class DiffstillError(Exception):
+    """Base of every error whose message is meant for the user: one line, printed without a traceback."""
+
+    exit_code = 1
+
+
+class InputError(DiffstillError):
+    """Bad input: says which field, which value, and what would mend it. Exit code 2.
+
+    Example: ``InputError("student.block_out_channels", [30, 60], "use multiples of norm_num_groups (8)")``
+    prints ``student.block_out_channels: [30, 60] is not usable; use multiples of norm_num_groups (8)``.
+    """
+
+    exit_code = 2
+
+    def __init__(self, field: str, value: object, mend: str, *, problem: str = "is not usable") -> None:
+        self.field, self.value, self.mend = field, value, mend
+        shown = repr(value) if isinstance(value, str) else str(value)
+        if len(shown) > 200:
+            shown = shown[:197] + "..."
+        super().__init__(" ".join(f"{field}: {shown} {problem}; {mend}".split()))
+
+
+class RunFailed(DiffstillError):
+    """A run that began and could not go on (NaN loss, full disk, lost data). Exit code 1."""
+
+
+class Interrupted(DiffstillError):
+    """Stopped by a signal after the step was finished and saved. Exit code 128 + signal number."""
+
+    def __init__(self, signum: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signum
