@@ -1,0 +1,193 @@
+"""The contract between a method and the engine, and the registry that makes a file in this room a method.
+
+A method is given a ``Batch`` (images, labels, timesteps, noise: all a pure function of (seed, images_seen)) and
+lazily computed ``TeacherOutputs``, shared by every method trained in the same pass. It returns a scalar loss and
+named parts. It owns its trainable roles; it never touches an optimizer, a device, a file or a random generator.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from ..diffusion.schedule import NoiseSchedule
+from ..models.denoiser import Denoiser
+from ..models.features import tapped
+
+
+class Options(BaseModel):
+    """Base of every method's options: unknown keys are refused, values are not coerced silently."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's slice of a global batch.
+
+    ``uniform(name)`` gives per-sample numbers in [0, 1) (B,), a pure function of (name, seed, images_seen).
+    """
+
+    x0: Tensor
+    """(B, C, H, W) float32 in [-1, 1]."""
+    labels: Tensor
+    """(B,) int64 in 0..num_classes-1."""
+    t: Tensor
+    """(B,) int64 uniform in 0..T-1."""
+    noise: Tensor
+    """(B, C, H, W) standard normal."""
+    x_t: Tensor
+    """(B, C, H, W): ``alpha_t x0 + sigma_t noise``."""
+    t_global: Tensor
+    """(global B,) the timesteps of all processes, for normalisers that run over the whole batch."""
+    uniform: Callable[[str], Tensor]
+    images_seen: int = 0
+
+    @property
+    def size(self) -> int:
+        return len(self.labels)
+
+
+class TeacherOutputs:
+    """The frozen teacher at the batch's (x_t, t, y): computed once, on first use, and shared between methods.
+
+    Args:
+        wants: the union over methods of ``Method.teacher_needs``: of ``cond``, ``null`` and ``features``.
+    """
+
+    def __init__(self, teacher: Denoiser, batch: Batch, wants: frozenset[str]) -> None:
+        self._teacher, self._batch, self._wants = teacher, batch, wants
+
+    @cached_property
+    def _computed(self) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+        b, teacher = self._batch, self._teacher
+        with torch.no_grad(), tapped(teacher.network, "features" in self._wants) as features:
+            if {"cond", "null"} <= self._wants:
+                cond, null = teacher.branches(b.x_t, b.t, b.labels)
+                return cond, null, {name: f.chunk(2)[0] for name, f in features.items()}
+            if "null" in self._wants:
+                return None, teacher.null(b.x_t, b.t), {}
+            return teacher(b.x_t, b.t, b.labels), None, dict(features)
+
+    @property
+    def cond(self) -> Tensor:
+        return _asked(self._computed[0], "cond")
+
+    @property
+    def null(self) -> Tensor:
+        return _asked(self._computed[1], "null")
+
+    @property
+    def features(self) -> dict[str, Tensor]:
+        """Stage outputs of the conditional branch, by the adapter's stage names."""
+        return self._computed[2]
+
+
+def _asked(value: Tensor | None, name: str) -> Tensor:
+    if value is None:
+        raise LookupError(f"the method used the teacher's {name} output but does not list it in teacher_needs")
+    return value
+
+
+@dataclass
+class Losses:
+    """``total`` is a scalar with grad; ``parts`` are detached scalars on the device, for the log."""
+
+    total: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def weighted(cls, **terms: tuple[float, Tensor]) -> Losses:
+        """Sum of ``weight * term``; terms of weight 0 are logged but send no gradient."""
+        total = torch.stack([weight * term for weight, term in terms.values() if weight != 0]).sum()
+        return cls(total, {name: term.detach() for name, (_, term) in terms.items()})
+
+
+@dataclass(frozen=True)
+class RoleOptimizer:
+    """How a trainable role is optimised, relative to the recipe's settings; None keeps the recipe's value."""
+
+    weight_decay: float | None = None
+    lr_scale: float = 1.0
+    clip: bool = True
+    """Whether the role's parameters count in the gradient-norm clipping."""
+    ema: bool = True
+    """Whether an EMA copy is kept, evaluated and saved."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method is built from: the frozen teacher (None when training a teacher), the student, the teacher's
+    curriculum weights (T,) float64 unit mean, or None where the teacher has none."""
+
+    student: Denoiser
+    teacher: Denoiser | None = None
+    curriculum: nn.Module | None = None
+
+
+class Method(ABC):
+    """A training method. Subclasses set ``name``, ``Options``, ``summary`` and implement ``loss``."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    """One line for ``diffstill list methods``."""
+    source: ClassVar[str] = ""
+    """Paper and equation."""
+    Options: ClassVar[type[Options]] = Options
+    teacher_needs: frozenset[str] = frozenset()
+    """Of ``cond``, ``null``, ``features``; may be set per instance from the options."""
+    guided: bool = True
+    """False for students that have no live null branch and are sampled in one pass."""
+    copy_loss: float | None = 0.0
+    """The loss when the student is an exact copy of the teacher (in eval mode); None where it is not a constant.
+    ``check_method`` verifies it."""
+
+    def __init__(self, setting: Setting, options: Options) -> None:
+        self.student = setting.student
+        self.teacher = setting.teacher
+        self.curriculum = setting.curriculum
+        self.options: Any = options
+        self.roles: dict[str, nn.Module] = {"student": setting.student.network}
+        self.role_optimizers: dict[str, RoleOptimizer] = {"student": RoleOptimizer()}
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.student.schedule
+
+    @abstractmethod
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        """The loss of one (micro-)batch; gradients reach only ``self.roles``."""
+
+    def artefacts(self) -> Mapping[str, Tensor]:
+        """Tensors to save beside the model (a teacher's curriculum, say)."""
+        return {}
+
+    def replace_role(self, name: str, wrapped: nn.Module) -> None:
+        """The engine puts the DDP or compiled form of a role in its place."""
+        self.roles[name] = wrapped
+        if name == "student":
+            self.student = self.student.with_network(wrapped)
+
+
+METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=type[Method])
+
+
+def register(method: M) -> M:
+    """Class decorator: makes a method known by its ``name`` to recipes, ``diffstill list methods`` and the checks."""
+    if method.name in METHODS and METHODS[method.name] is not method:
+        raise ValueError(f"two methods are called {method.name!r}")
+    METHODS[method.name] = method
+    return method
+
+
+def per_sample_mse(a: Tensor, b: Tensor) -> Tensor:
+    """Mean squared error over all dims but the first, (B,) float32."""
+    return (a.float() - b.float()).square().flatten(1).mean(1)

@@ -1,0 +1,1 @@
+"""Networks behind one wrapper (``Denoiser``), adapters for diffusers families, and how students are made."""

@@ -1,0 +1,34 @@
+"""One small adapter a model family: how to build it from a recipe, call it, and name its feature stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .base import Family
+from .dit import DIT
+from .unet2d import UNET2D
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (UNET2D, DIT)}
+
+
+def unwrap(network: nn.Module) -> nn.Module:
+    """The module itself beneath ``torch.compile`` and DistributedDataParallel."""
+    while True:
+        inner: Any = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
+        if not isinstance(inner, nn.Module):
+            return network
+        network = inner
+
+
+def family_of(network: nn.Module) -> Family:
+    """The adapter of a network; networks of unknown class are called as ``network(x_t, t, labels)``."""
+    inner = unwrap(network)
+    for family in FAMILIES.values():
+        if isinstance(inner, family.network_class):
+            return family
+    return Family(name=type(inner).__name__, network_class=type(inner))
+
+
+__all__ = ["FAMILIES", "Family", "family_of", "unwrap"]

@@ -1,0 +1,35 @@
+"""What an adapter says about a model family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def _plain_call(network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    return network(x_t, t, labels)
+
+
+def _no_stages(network: nn.Module) -> dict[str, nn.Module]:
+    return {}
+
+
+def _no_build(**kwargs: Any) -> nn.Module:
+    raise TypeError("this family cannot be built from a recipe")
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family. ``stages`` names the modules whose outputs are feature maps, from input to output."""
+
+    name: str
+    network_class: type[nn.Module]
+    call: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor] = _plain_call
+    build: Callable[..., nn.Module] = _no_build
+    """``build(sample_shape=, num_classes=, **recipe_options)``; ValueError names the option that does not fit."""
+    stages: Callable[[nn.Module], dict[str, nn.Module]] = _no_stages
+    options: dict[str, Any] = field(default_factory=dict)
+    """Recipe options and their defaults."""

@@ -1,0 +1,85 @@
+"""diffusers' ``UNet2DModel`` with class labels: the networks of DASH (dash.md 2.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from diffusers import UNet2DModel
+from torch import Tensor, nn
+
+from .base import Family
+
+
+def build(
+    *,
+    sample_shape: tuple[int, int, int],
+    num_classes: int,
+    block_out_channels: Sequence[int],
+    layers_per_block: int = 2,
+    attention_levels: Sequence[int] = (),
+    norm_num_groups: int = 32,
+    attention_head_dim: int | None = None,
+    dropout: float = 0.0,
+) -> UNet2DModel:
+    """A class-conditional U-Net with the paper's details (padding, embeddings) and a null row at ``num_classes``.
+
+    ``attention_levels``: indices of the resolution levels with self-attention (0 = full resolution).
+    ``attention_head_dim=None``: one head over all channels, as in the paper.
+    """
+    channels, height, width = sample_shape
+    levels = len(block_out_channels)
+    if levels == 0 or any(c <= 0 or c % norm_num_groups for c in block_out_channels):
+        raise ValueError(f"block_out_channels {list(block_out_channels)} must be multiples of norm_num_groups {norm_num_groups}")
+    if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
+        raise ValueError(f"image size {height}x{width} must be divisible by {2 ** (levels - 1)} for {levels} levels")
+    if any(not 0 <= level < levels for level in attention_levels):
+        raise ValueError(f"attention_levels {list(attention_levels)} must lie in 0..{levels - 1}")
+    down = ["AttnDownBlock2D" if level in attention_levels else "DownBlock2D" for level in range(levels)]
+    up = [name.replace("Down", "Up") for name in reversed(down)]
+    return UNet2DModel(
+        sample_size=height if height == width else (height, width),
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=tuple(block_out_channels),
+        layers_per_block=layers_per_block,
+        down_block_types=tuple(down),
+        up_block_types=tuple(up),
+        norm_num_groups=norm_num_groups,
+        norm_eps=1e-6,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        dropout=dropout,
+        attention_head_dim=attention_head_dim,
+        num_class_embeds=num_classes + 1,
+    )
+
+
+def call(network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    return network(x_t, t, class_labels=labels, return_dict=False)[0]
+
+
+def stages(network: Any) -> dict[str, nn.Module]:
+    """Outputs of the down stages, the middle and the up stages. Down blocks return (hidden, skips)."""
+    named: dict[str, nn.Module] = {f"down.{i}": block for i, block in enumerate(network.down_blocks)}
+    named["mid"] = network.mid_block
+    named |= {f"up.{i}": block for i, block in enumerate(network.up_blocks)}
+    return named
+
+
+UNET2D = Family(
+    name="unet2d",
+    network_class=UNet2DModel,
+    call=call,
+    build=build,
+    stages=stages,
+    options={
+        "block_out_channels": None,
+        "layers_per_block": 2,
+        "attention_levels": (),
+        "norm_num_groups": 32,
+        "attention_head_dim": None,
+        "dropout": 0.0,
+    },
+)
