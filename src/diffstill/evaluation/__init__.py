@@ -1,0 +1,1 @@
+"""Measuring a model: distances between sets of images, guidance fidelity, cost. Every number carries its protocol."""

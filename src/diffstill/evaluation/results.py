@@ -1,0 +1,136 @@
+"""Typed results of an evaluation: what a receipt stores and a report draws."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Result(BaseModel):
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="null")
+
+
+class Estimate(Result):
+    """A number with its interval (``level`` two-sided; None where none was computed)."""
+
+    value: float | None = Field(description="point estimate; null where it is not finite")
+    low: float | None = None
+    high: float | None = None
+    level: float = 0.95
+
+    @classmethod
+    def of(cls, value: float, draws: Sequence[float] = (), level: float = 0.95) -> Estimate:
+        """Percentile interval from bootstrap ``draws``."""
+        good = sorted(d for d in draws if math.isfinite(d))
+        low = high = None
+        if len(good) >= 2:
+            tail = (1 - level) / 2
+            low = good[round(tail * (len(good) - 1))]
+            high = good[round((1 - tail) * (len(good) - 1))]
+        return cls(value=value if math.isfinite(value) else None, low=low, high=high, level=level)
+
+
+class ExtractorInfo(Result):
+    """The network whose features the distances live in."""
+
+    name: str = Field(description="FID only for the 2015-12-05 Inception at 2048-d; otherwise FD-<something>")
+    sha256: str
+    dim: int
+    accuracy: float | None = Field(None, description="test accuracy of the classifier, where it is one")
+    resize: str = "none"
+
+
+class Protocol(Result):
+    """Everything that has to be equal for two numbers to be compared."""
+
+    extractor: ExtractorInfo
+    reference: str = Field(description="data set, split and number of reference images")
+    reference_sha256: str
+    samples: int
+    sampler: str = "ddim"
+    steps: int
+    clip: str = "recompute"
+    guidance: list[str]
+    labels: str = "balanced: image i has class i mod num_classes"
+    seeds: list[int]
+    weights: str = "ema"
+    floor: Estimate | None = Field(None, description="the distance between the training and the test images")
+
+
+class ScalePoint(Result):
+    """Sample quality at one guidance setting."""
+
+    guidance: str
+    nfe: int
+    fd: Estimate = Field(description="Frechet distance to the reference split, in the extractor's features")
+    fd_test: Estimate | None = Field(None, description="the same against the held-out test split")
+    kid: Estimate | None = None
+    precision: Estimate | None = None
+    recall: Estimate | None = None
+    class_agreement: Estimate | None = Field(None, description="share of samples classified as the label asked for")
+
+
+class FidelityBin(Result):
+    """Guidance fidelity over one part of the held-out pairs."""
+
+    label: str = Field(description='"all", "t 0-99", "class 3"')
+    pairs: int
+    ratio: Estimate = Field(description="mean |student gap| / mean |teacher gap|; 1 ideal, 0 collapsed")
+    cosine: Estimate
+    gap_mse: Estimate
+    cond_mse: Estimate
+    null_mse: Estimate
+    best_rescale: Estimate = Field(description="a* = E[dS.dT]/E|dS|^2, the best scalar correction of the student's gap")
+
+
+class Fidelity(Result):
+    """Gap between the branches, student against teacher, at identical (x_t, t, y) (dash.md 5.1, D18)."""
+
+    split: str
+    seed: int
+    overall: FidelityBin
+    by_timestep: list[FidelityBin]
+    by_class: list[FidelityBin]
+    teacher_gap_rms: float = Field(description="root mean square of the teacher's gap: the unit of gap_mse")
+    collapsed: bool = Field(description="overall ratio under 0.5")
+
+
+class Latency(Result):
+    batch: int
+    runs: int
+    median_s: float
+    p10_s: float
+    p90_s: float
+    images_per_s: float
+    peak_memory_mb: float | None = None
+
+
+class Cost(Result):
+    parameters: int
+    flops_forward: float = Field(description="2 x MAC of one forward of one image")
+    nfe: int = Field(description="network evaluations an image at a guided scale")
+    flops_image: float
+    size_mb: float
+    latency: list[Latency] = []
+    device: str = "cpu"
+
+
+class ModelEvaluation(Result):
+    """All that was measured of one model."""
+
+    name: str
+    method: str = ""
+    sha256: str = ""
+    guided: bool = True
+    cost: Cost | None = None
+    sweep: list[ScalePoint] = []
+    fidelity: Fidelity | None = None
+    images: dict[str, str] = Field({}, description="picture name -> path relative to the run folder")
+
+    @property
+    def best(self) -> ScalePoint | None:
+        """The sweep's point with the lowest Frechet distance."""
+        good = [point for point in self.sweep if point.fd.value is not None]
+        return min(good, key=lambda point: point.fd.value or 0.0) if good else None
