@@ -5,21 +5,18 @@ A weight is a *loss* weight under uniform timesteps, never a sampling distributi
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from .schedule import NoiseSchedule
 
-SnrForm = Literal["x0", "eps"]
-
 
 def base_weights(schedule: NoiseSchedule, form: str, gamma: float = 5.0) -> Tensor:
-    """(T,) float64 unnormalised weights for an epsilon loss.
+    """(T,) float64 unnormalised weights of the loss on the network's output.
 
     ``none``: ones. ``x0``: ``min(snr, gamma)``, what TIRT puts on the epsilon loss (trap (a)).
     ``eps``: ``min(snr, gamma) / snr``, the standard Min-SNR-gamma (2303.09556) for epsilon prediction.
+    ``v``: ``min(snr, gamma) / (snr + 1)``, its form for a v-prediction loss.
     """
     if form == "none":
         return torch.ones(schedule.T, dtype=torch.float64)
@@ -27,7 +24,9 @@ def base_weights(schedule: NoiseSchedule, form: str, gamma: float = 5.0) -> Tens
         return schedule.snr.clamp(max=gamma)
     if form == "eps":
         return schedule.snr.clamp(max=gamma) / schedule.snr
-    raise ValueError(f"unknown weight form {form!r}; one of none, x0, eps")
+    if form == "v":
+        return schedule.snr.clamp(max=gamma) / (schedule.snr + 1)
+    raise ValueError(f"unknown weight form {form!r}; one of none, x0, eps, v")
 
 
 def unit_mean(weights: Tensor) -> Tensor:

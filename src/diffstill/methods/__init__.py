@@ -1,1 +1,26 @@
-"""Methods: what is trained against what. A method owns roles and a loss, never a loop."""
+"""Methods: what is trained against what. A method owns roles and a loss, never a loop. Importing registers ours."""
+
+from . import composite, conditional, dash, fitnets, gap, single_head, supervised
+from .base import METHODS, Batch, Losses, Method, Options, RoleOptimizer, Setting, TeacherOutputs, register
+from .curriculum import Curriculum, CurriculumOptions
+
+__all__ = [
+    "METHODS",
+    "Batch",
+    "Curriculum",
+    "CurriculumOptions",
+    "Losses",
+    "Method",
+    "Options",
+    "RoleOptimizer",
+    "Setting",
+    "TeacherOutputs",
+    "composite",
+    "conditional",
+    "dash",
+    "fitnets",
+    "gap",
+    "register",
+    "single_head",
+    "supervised",
+]

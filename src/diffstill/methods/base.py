@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..diffusion.schedule import NoiseSchedule
 from ..models.denoiser import Denoiser
 from ..models.features import tapped
+from .curriculum import Curriculum
 
 
 class Options(BaseModel):
@@ -32,7 +33,8 @@ class Options(BaseModel):
 class Batch:
     """One process's slice of a global batch.
 
-    ``uniform(name)`` gives per-sample numbers in [0, 1) (B,), a pure function of (name, seed, images_seen).
+    ``uniform(name)`` gives per-sample numbers in [0, 1) (B,), a pure function of (name, seed, images_seen);
+    ``uniform(name, whole_batch=True)`` one number (1,) for the global batch.
     """
 
     x0: Tensor
@@ -47,7 +49,7 @@ class Batch:
     """(B, C, H, W): ``alpha_t x0 + sigma_t noise``."""
     t_global: Tensor
     """(global B,) the timesteps of all processes, for normalisers that run over the whole batch."""
-    uniform: Callable[[str], Tensor]
+    uniform: Callable[..., Tensor]
     images_seen: int = 0
 
     @property
@@ -124,12 +126,12 @@ class RoleOptimizer:
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method is built from: the frozen teacher (None when training a teacher), the student, the teacher's
-    curriculum weights (T,) float64 unit mean, or None where the teacher has none."""
+    """What a method is built from: the student, the frozen teacher (None when training a teacher) and the teacher's
+    timestep curriculum (None where it has none)."""
 
     student: Denoiser
     teacher: Denoiser | None = None
-    curriculum: nn.Module | None = None
+    curriculum: Curriculum | None = None
 
 
 class Method(ABC):
@@ -145,14 +147,14 @@ class Method(ABC):
     """Of ``cond``, ``null``, ``features``; may be set per instance from the options."""
     guided: bool = True
     """False for students that have no live null branch and are sampled in one pass."""
-    copy_loss: float | None = 0.0
-    """The loss when the student is an exact copy of the teacher (in eval mode); None where it is not a constant.
-    ``check_method`` verifies it."""
+    copy_parts: ClassVar[Mapping[str, float]] = {}
+    """Known values of loss parts when the student is an exact copy of the teacher; ``check_method`` verifies them."""
+    init: ClassVar[str] = "fresh"
+    """How the student starts unless the recipe says otherwise: ``fresh``, ``inherit`` or ``magnitude``."""
 
     def __init__(self, setting: Setting, options: Options) -> None:
         self.student = setting.student
         self.teacher = setting.teacher
-        self.curriculum = setting.curriculum
         self.options: Any = options
         self.roles: dict[str, nn.Module] = {"student": setting.student.network}
         self.role_optimizers: dict[str, RoleOptimizer] = {"student": RoleOptimizer()}
