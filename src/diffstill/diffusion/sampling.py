@@ -81,7 +81,9 @@ def count_nfe(guidance: GuidanceSchedule, T: int, steps: int) -> int:
     return sum(1 if guidance(t, T) == 1.0 else 2 for t in ddim_timesteps(T, steps))
 
 
-def image_noise(shape: tuple[int, ...], seed: int, first: int, count: int, device: torch.device | str = "cpu") -> Tensor:
+def image_noise(
+    shape: tuple[int, ...], seed: int, first: int, count: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """Standard-normal noise (count, *shape) float32 for images ``first .. first+count-1`` of stream ``seed``.
 
     Each image has its own generator, so image i is the same for any batch size, on any number of processes.

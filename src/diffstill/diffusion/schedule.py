@@ -110,6 +110,4 @@ class NoiseSchedule:
 
     def same_as(self, other: NoiseSchedule) -> bool:
         """Equal length and equal tables up to float32 rounding (a table that went through diffusers is float32)."""
-        return self.T == other.T and torch.allclose(
-            self.alphas_cumprod, other.alphas_cumprod, rtol=1e-4, atol=1e-6
-        )
+        return self.T == other.T and torch.allclose(self.alphas_cumprod, other.alphas_cumprod, rtol=1e-4, atol=1e-6)

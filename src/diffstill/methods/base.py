@@ -135,14 +135,14 @@ class Setting:
 
 
 class Method(ABC):
-    """A training method. Subclasses set ``name``, ``Options``, ``summary`` and implement ``loss``."""
+    """A training method. Subclasses set ``name``, ``options_class``, ``summary`` and implement ``loss``."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
     """One line for ``diffstill list methods``."""
     source: ClassVar[str] = ""
     """Paper and equation."""
-    Options: ClassVar[type[Options]] = Options
+    options_class: ClassVar[type[Options]] = Options
     teacher_needs: frozenset[str] = frozenset()
     """Of ``cond``, ``null``, ``features``; may be set per instance from the options."""
     guided: bool = True
@@ -151,6 +151,9 @@ class Method(ABC):
     """Known values of loss parts when the student is an exact copy of the teacher; ``check_method`` verifies them."""
     init: ClassVar[str] = "fresh"
     """How the student starts unless the recipe says otherwise: ``fresh``, ``inherit`` or ``magnitude``."""
+
+    student: Denoiser
+    teacher: Denoiser | None
 
     def __init__(self, setting: Setting, options: Options) -> None:
         self.student = setting.student

@@ -28,7 +28,7 @@ class Composite(Distillation):
     name = "composite"
     summary = "guided outputs matched at one scale, or at scales drawn from a range"
     source = "DASH 2606.00798 v2 Eq. 4"
-    Options = CompositeOptions
+    options_class = CompositeOptions
     teacher_needs = frozenset({"cond", "null"})
     copy_parts = {"composite": 0.0}
 
@@ -41,9 +41,7 @@ class Composite(Distillation):
 
     def composite_term(self, batch: Batch, teacher: TeacherOutputs, cond: Tensor, null: Tensor) -> Tensor:
         scale = self.scales(batch)
-        return self.weighted(
-            batch, per_sample_mse(guide(cond, null, scale), guide(teacher.cond, teacher.null, scale))
-        )
+        return self.weighted(batch, per_sample_mse(guide(cond, null, scale), guide(teacher.cond, teacher.null, scale)))
 
     def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
         assert teacher is not None

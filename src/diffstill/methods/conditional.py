@@ -13,7 +13,7 @@ class ConditionalOnly(Distillation):
     name = "conditional"
     summary = "output distillation of the conditional branch alone (the null branch stays untrained)"
     source = "Hinton et al. 1503.02531, as DASH 2606.00798 baseline"
-    Options = DistillOptions
+    options_class = DistillOptions
     teacher_needs = frozenset({"cond"})
     copy_parts = {"imitation": 0.0}
 

@@ -115,7 +115,8 @@ class Curriculum(nn.Module):
         except (KeyError, ValueError) as error:
             raise InputError("teacher.curriculum", str(error), "save the teacher again with diffstill train") from error
         made = cls(schedule, options)
-        if T != schedule.T or logits.shape != (schedule.T,) or not torch.allclose(base, made.base, rtol=1e-3, atol=1e-5):
+        same = T == schedule.T and logits.shape == (schedule.T,)
+        if not same or not torch.allclose(base, made.base, rtol=1e-3, atol=1e-5):
             raise InputError(
                 "schedule",
                 f"{schedule.name} with T={schedule.T}",

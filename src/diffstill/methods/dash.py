@@ -16,7 +16,10 @@ class DashOptions(DistillOptions):
     lambda_un: float = Field(1.0, ge=0, description="imitation of the null branch")
     lambda_an: float = Field(0.1, ge=0, description="anchor of the conditional branch to the true noise")
     cond_dropout: float = Field(
-        0.0, ge=0, lt=1, description="ablation D11: label dropout on the conditional pass, those samples anchored to noise"
+        0.0,
+        ge=0,
+        lt=1,
+        description="ablation D11: label dropout on the conditional pass, those samples anchored to noise",
     )
 
 
@@ -30,7 +33,7 @@ class Dash(Distillation):
     name = "dash"
     summary = "dual-branch distillation: conditional and null outputs both pinned, guidance stays alive"
     source = "DASH 2606.00798 Eq. 4-7"
-    Options = DashOptions
+    options_class = DashOptions
     teacher_needs = frozenset({"cond", "null"})
     copy_parts = {"imitation": 0.0, "null": 0.0}
 

@@ -22,6 +22,8 @@ class DistillOptions(Options):
 class Distillation(Method):
     """A student matched to a teacher's outputs under the curriculum's timestep weights."""
 
+    teacher: Denoiser
+
     def __init__(self, setting: Setting, options: Options) -> None:
         super().__init__(setting, options)
         self.teacher = require_teacher(setting)
@@ -54,5 +56,7 @@ def require_teacher(setting: Setting) -> Denoiser:
     for field in ("num_classes", "sample_shape", "prediction_type"):
         mine, theirs = getattr(student, field), getattr(teacher, field)
         if mine != theirs:
-            raise InputError(f"student.{field}", mine, f"use the teacher's {theirs}", problem="differs from the teacher's")
+            raise InputError(
+                f"student.{field}", mine, f"use the teacher's {theirs}", problem="differs from the teacher's"
+            )
     return teacher

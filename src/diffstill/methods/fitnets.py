@@ -29,7 +29,7 @@ class FitNets(Composite):
     name = "fitnets"
     summary = "guided outputs matched, plus hints on intermediate features through 1x1 projectors"
     source = "Romero et al. 1412.6550, as DASH 2606.00798 baseline"
-    Options = FitNetsOptions
+    options_class = FitNetsOptions
     teacher_needs = frozenset({"cond", "null", "features"})
     copy_parts = {"composite": 0.0}
 

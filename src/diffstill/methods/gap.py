@@ -21,7 +21,7 @@ class GapMatching(Distillation):
     name = "gap"
     summary = "the guidance gap matched, purely or with the conditional branch anchored to the noise"
     source = "DASH 2606.00798 v2 Table A6"
-    Options = GapOptions
+    options_class = GapOptions
     teacher_needs = frozenset({"cond", "null"})
     copy_parts = {"gap": 0.0}
 

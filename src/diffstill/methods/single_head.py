@@ -20,7 +20,7 @@ class SingleHead(Distillation):
     name = "single-head"
     summary = "one guidance scale baked into a single-pass student (no dial)"
     source = "DASH 2606.00798 baselines"
-    Options = SingleHeadOptions
+    options_class = SingleHeadOptions
     teacher_needs = frozenset({"cond", "null"})
     guided = False
 

@@ -37,7 +37,7 @@ class Supervised(Method):
     name = "supervised"
     summary = "train on noise with label dropout and a timestep curriculum (teachers, and students from scratch)"
     source = "Ho & Salimans 2207.12598; DASH 2606.00798 Eq. 2"
-    Options = SupervisedOptions
+    options_class = SupervisedOptions
 
     def __init__(self, setting: Setting, options: Options) -> None:
         super().__init__(setting, options)

@@ -41,7 +41,7 @@ def build(
     return model
 
 
-def _label_dropout_off(model: nn.Module) -> None:
+def _label_dropout_off(model: Any) -> None:
     # DiT drops labels by itself in train mode; label dropout belongs to the method, per sample and reproducible.
     for module in model.modules():
         if hasattr(module, "dropout_prob") and hasattr(module, "token_drop"):

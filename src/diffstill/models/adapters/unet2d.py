@@ -30,7 +30,9 @@ def build(
     channels, height, width = sample_shape
     levels = len(block_out_channels)
     if levels == 0 or any(c <= 0 or c % norm_num_groups for c in block_out_channels):
-        raise ValueError(f"block_out_channels {list(block_out_channels)} must be multiples of norm_num_groups {norm_num_groups}")
+        raise ValueError(
+            f"block_out_channels {list(block_out_channels)} must be multiples of norm_num_groups {norm_num_groups}"
+        )
     if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
         raise ValueError(f"image size {height}x{width} must be divisible by {2 ** (levels - 1)} for {levels} levels")
     if any(not 0 <= level < levels for level in attention_levels):
