@@ -1,0 +1,1 @@
+"""The engine: one loop for every method, exact resume, EMA, devices and processes."""

@@ -1,0 +1,253 @@
+"""The one training loop: any number of arms over one stream of batches and one frozen teacher."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ..data.batches import stream_seed
+from ..errors import Interrupted, RunFailed
+from ..methods.base import Batch, TeacherOutputs
+from ..models.denoiser import Denoiser
+from .arm import Arm, union_of_needs
+from .log import RunLog
+from .runtime import Runtime, StopRequest
+from .settings import TrainSettings
+from .state import latest_name, load_latest, save_checkpoint
+from .stream import BatchStream, micro_batches
+
+COLLAPSE_RATIO = 0.5
+STOP_EVERY = 8
+"""Steps between agreements of several processes on a signal or a due checkpoint."""
+
+
+class Probe(Protocol):
+    """Guidance fidelity on a few fixed validation pairs: ``ratio``, ``cosine``, ``gap_mse``..."""
+
+    def __call__(self, student: Denoiser) -> Mapping[str, float]: ...
+
+
+@dataclass
+class Progress:
+    """What a progress bar shows."""
+
+    images_seen: int
+    total: int
+    images_per_s: float
+    values: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """Trains ``arms`` until each has seen its images; resumes by itself from ``run_dir/checkpoints``.
+
+    Args:
+        probe: called on each guided arm's EMA student; a gap ratio under 0.5 in the second half of its training raises
+            the collapse alarm (a logged warning, ``arm.alarm``).
+        timed: measure every arm's own seconds (one synchronisation an arm and step; an arena does, a plain run not).
+    """
+
+    def __init__(
+        self,
+        arms: list[Arm],
+        stream: BatchStream,
+        settings: TrainSettings,
+        runtime: Runtime,
+        run_dir: Path,
+        *,
+        teacher: Denoiser | None = None,
+        probe: Probe | None = None,
+        timed: bool = False,
+        on_progress: Callable[[Progress], None] | None = None,
+    ) -> None:
+        self.arms, self.stream, self.settings, self.runtime = arms, stream, settings, runtime
+        self.run_dir, self.teacher, self.probe, self.timed = run_dir, teacher, probe, timed
+        self.on_progress = on_progress
+        self.folder = run_dir / "checkpoints"
+        self.log = RunLog(run_dir / "log.jsonl" if runtime.is_main else None)
+        self.total = max(arm.images for arm in arms)
+        self.images_seen = 0
+        self.seconds = 0.0
+        self.warnings: list[str] = []
+        stream.channels_last(settings.channels_last)
+        if teacher is not None:
+            teacher.freeze()
+            runtime.place(teacher.network, settings.channels_last)
+            teacher.autocast_dtype = runtime.dtype(settings.teacher_precision)
+
+    def run(self) -> None:
+        """The whole training.
+
+        Raises:
+            RunFailed: NaN or infinite loss, or a checkpoint that cannot be written.
+            Interrupted: SIGINT or SIGTERM, after the step was finished and saved.
+        """
+        self._resume()
+        if self.images_seen >= self.total:
+            return
+        with StopRequest().listening() as stop:
+            try:
+                self._loop(stop)
+            except OSError as error:
+                raise RunFailed(f"the run could not write to {self.run_dir}: {error}; {self._last_good()}") from error
+
+    def _loop(self, stop: StopRequest) -> None:
+        s = self.settings
+        began = saved_at = logged_at = time.monotonic()
+        logged_images, seconds_before = self.images_seen, self.seconds
+        probe_every = s.probe_every or max(s.batch_size, self.total // 10)
+        while self.images_seen < self.total:
+            self._step()
+            step = self.images_seen // s.batch_size
+            now = time.monotonic()
+            self.seconds = seconds_before + now - began
+            done = self.images_seen >= self.total
+            if step % s.log_every == 0 or done:
+                rate = (self.images_seen - logged_images) / max(now - logged_at, 1e-9)
+                logged_at, logged_images = now, self.images_seen
+                self._log_point(rate)
+            if self.probe and (_crossed(self.images_seen, s.batch_size, probe_every) or done):
+                self._probe()
+            due = bool(s.checkpoint_every and _crossed(self.images_seen, s.batch_size, s.checkpoint_every))
+            if self.runtime.world == 1 or step % STOP_EVERY == 0 or done:
+                due |= self.runtime.any(now - saved_at > s.checkpoint_minutes * 60)
+                stopping = self.runtime.any(bool(stop))
+            else:
+                stopping = False
+            if due or stopping or done:
+                self.save()
+                saved_at = time.monotonic()
+            if stopping and not done:
+                signum = stop.signum or 15
+                raise Interrupted(
+                    signum, f"stopped by a signal at {self.images_seen} images; saved; run the same command to go on"
+                )
+
+    def _step(self) -> None:
+        active = [arm for arm in self.arms if arm.failed is None and self.images_seen < arm.images]
+        if not active:
+            self.images_seen = self.total
+            return
+        whole = self.stream.batch(self.images_seen)
+        parts = micro_batches(whole, self.settings.micro_batch)
+        wants = union_of_needs(active)
+        for number, part in enumerate(parts):
+            teacher = self._teacher_outputs(part, wants, active)
+            for arm in active:
+                clock = self._tick()
+                # Network dropout is the one draw that torch keeps globally; every arm gets the same stream.
+                torch.manual_seed(stream_seed(self.stream.seed, "dropout", self.images_seen, number, self.runtime.rank))
+                arm.backward(part, teacher, part.size / whole.size, number == len(parts) - 1)
+                if number == len(parts) - 1:
+                    arm.update(self.images_seen)
+                arm.seconds += self._tick() - clock
+        self.images_seen += self.settings.batch_size
+
+    def _teacher_outputs(self, part: Batch, wants: frozenset[str], active: list[Arm]) -> TeacherOutputs | None:
+        if self.teacher is None or not wants:
+            return None
+        clock = self._tick()
+        outputs = TeacherOutputs(self.teacher, part, wants)
+        if self.timed:
+            outputs.compute()
+            spent = self._tick() - clock
+            branches = len(wants & {"cond", "null"})
+            for arm in active:
+                # What the arm would have paid alone: its own number of teacher branches.
+                arm.seconds += spent * len(arm.method.teacher_needs & {"cond", "null"}) / branches
+        return outputs
+
+    def _tick(self) -> float:
+        if self.timed:
+            self.runtime.synchronize()
+        return time.monotonic()
+
+    def _log_point(self, rate: float) -> None:
+        step = self.images_seen // self.settings.batch_size
+        shown: dict[str, float] = {}
+        for arm in self.arms:
+            means = arm.take_means()
+            if not means:
+                continue
+            if not all(math.isfinite(v) for k, v in means.items() if k != "grad_norm"):
+                self._diverged(arm)
+                continue
+            self.log.write(
+                images=self.images_seen,
+                step=step,
+                arm=arm.name,
+                lr=arm.learning_rate(self.images_seen),
+                **_plain(means),
+            )
+            shown[arm.name] = means["loss"]
+        self.log.write(images=self.images_seen, step=step, event="rate", images_per_s=rate, seconds=self.seconds)
+        if self.on_progress:
+            self.on_progress(Progress(self.images_seen, self.total, rate, shown))
+
+    def _diverged(self, arm: Arm) -> None:
+        reason = f"{arm.name}: the loss became NaN or infinite before {self.images_seen} images"
+        self.log.write(images=self.images_seen, arm=arm.name, event="diverged")
+        if len(self.arms) == 1:
+            raise RunFailed(f"{reason}; {self._last_good()}; try a lower training.lr or training.precision=fp32")
+        arm.failed = reason
+        self.warnings.append(reason)
+
+    def _last_good(self) -> str:
+        name = latest_name(self.folder)
+        return f"last good checkpoint: {self.folder / name}" if name else "no checkpoint had been saved"
+
+    def _probe(self) -> None:
+        assert self.probe is not None
+        for arm in self.arms:
+            if arm.failed or not arm.method.guided or not arm.method.teacher_needs:
+                continue
+            values = dict(self.probe(arm.student))
+            self.log.write(images=self.images_seen, arm=arm.name, event="probe", **_plain(values))
+            if values["ratio"] < COLLAPSE_RATIO and 2 * self.images_seen >= arm.images and not arm.alarm:
+                arm.alarm = True
+                line = (
+                    f"{arm.name}: guidance has collapsed (gap ratio {values['ratio']:.2f} < {COLLAPSE_RATIO:g} "
+                    f"at {self.images_seen} images)"
+                )
+                self.warnings.append(line)
+                self.log.write(images=self.images_seen, arm=arm.name, event="collapse_alarm", message=line)
+
+    def save(self) -> None:
+        """A checkpoint of all arms; refused while a loss is not finite, so the last one on disk is always good."""
+        for arm in self.arms:
+            if arm.failed is None and not arm.finite():
+                self._diverged(arm)
+        if self.runtime.is_main:
+            meta: dict[str, Any] = {
+                "arms": {arm.name: arm.meta() for arm in self.arms},
+                "seconds": self.seconds,
+                "warnings": self.warnings,
+            }
+            save_checkpoint(self.folder, self.images_seen, meta, {arm.name: arm.tensors() for arm in self.arms})
+        self.runtime.barrier()
+
+    def _resume(self) -> None:
+        checkpoint, notes = load_latest(self.folder, clean=self.runtime.is_main)
+        self.warnings += notes
+        if checkpoint is None:
+            self.log.rewind(-1)
+            return
+        for arm in self.arms:
+            arm.load(checkpoint.tensors[arm.name], checkpoint.meta["arms"][arm.name])
+        self.images_seen, self.seconds = checkpoint.images_seen, checkpoint.meta["seconds"]
+        self.warnings = checkpoint.meta["warnings"] + notes
+        self.log.rewind(self.images_seen)
+
+
+def _crossed(images_seen: int, batch: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies in the batch just finished."""
+    return images_seen // every > (images_seen - batch) // every
+
+
+def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {key: (value if math.isfinite(value) else None) for key, value in values.items()}

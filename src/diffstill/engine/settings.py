@@ -1,0 +1,51 @@
+"""The ``training`` section of a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+class TrainSettings(BaseModel):
+    """How long and how fast to train. Progress is counted in images; steps follow from the batch size."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    images: int = Field(gt=0, description="images to train on, epochs included; a multiple of batch_size")
+    batch_size: int = Field(64, gt=0, description="global batch, over all processes")
+    micro_batch: int | None = Field(None, gt=0, description="images a forward pass (gradient accumulation); null: all")
+    lr: float = Field(2e-4, gt=0)
+    lr_min: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
+    warmup_images: int = Field(0, ge=0, description="linear warm-up from 0")
+    decay: Literal["cosine", "none"] = "cosine"
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.01, ge=0)
+    grad_clip: float | None = Field(1.0, gt=0, description="global gradient norm; null: none")
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    ema_cap: bool = Field(True, description="cap the decay by (1+n)/(10+n), so short runs forget their start")
+    precision: Precision = Field("auto", description="auto: bf16 autocast on CUDA, fp32 on the CPU")
+    teacher_precision: Precision = Field("auto", description="of the frozen teacher's forward")
+    compile: Literal["auto", True, False] = Field("auto", description="torch.compile; auto: on CUDA")
+    channels_last: bool = True
+    log_every: int = Field(50, gt=0, description="steps between log records")
+    checkpoint_every: int | None = Field(None, gt=0, description="images between checkpoints; null: by minutes alone")
+    checkpoint_minutes: float = Field(5.0, gt=0)
+    probe_every: int | None = Field(None, gt=0, description="images between guidance probes; null: ten a run")
+
+    @model_validator(mode="after")
+    def _divisible(self) -> TrainSettings:
+        if self.images % self.batch_size:
+            near = max(1, round(self.images / self.batch_size)) * self.batch_size
+            raise ValueError(f"images {self.images} is no multiple of batch_size {self.batch_size}; use {near}")
+        if self.micro_batch and self.batch_size % self.micro_batch:
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
+        if self.lr_min > self.lr:
+            raise ValueError(f"lr_min {self.lr_min:g} is greater than lr {self.lr:g}")
+        return self
+
+    @property
+    def steps(self) -> int:
+        return self.images // self.batch_size

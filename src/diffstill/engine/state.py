@@ -1,0 +1,152 @@
+"""Checkpoints: atomic (write beside, fsync, rename), safetensors + JSON, no pickle, the newest two are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import RunFailed
+
+FORMAT = "diffstill-checkpoint/1"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved: tensors by file and key, and a JSON-able description."""
+
+    path: Path
+    images_seen: int
+    meta: dict[str, Any]
+    tensors: dict[str, dict[str, Tensor]]
+
+
+def save_checkpoint(
+    folder: Path, images_seen: int, meta: Mapping[str, Any], tensors: Mapping[str, Mapping[str, Tensor]], keep: int = 2
+) -> Path:
+    """Writes ``folder/<images_seen>/`` with one ``NAME.safetensors`` for each entry and ``state.json`` last.
+
+    Raises:
+        RunFailed: where the disk refuses (full, read-only); what was there before is untouched.
+    """
+    final = folder / f"{images_seen:012d}"
+    beside = folder / f".writing-{images_seen:012d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        hashes = {}
+        for name, content in tensors.items():
+            file = beside / f"{name}.safetensors"
+            save_file({key: value.detach().contiguous().cpu().clone() for key, value in content.items()}, file)
+            _fsync(file)
+            hashes[name] = _sha256(file)
+        state = {"format": FORMAT, "images_seen": images_seen, "files": hashes, "meta": dict(meta)}
+        (beside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        _fsync(beside / "state.json")
+        _fsync(beside)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(beside, final)
+        _fsync(folder)
+    except Exception as error:  # OSError, and safetensors' own error for a full disk
+        shutil.rmtree(beside, ignore_errors=True)
+        last = latest_name(folder)
+        raise RunFailed(
+            f"could not save the checkpoint {final}: {error}; "
+            f"last good checkpoint: {last or 'none'}; free some space and run the same command again"
+        ) from error
+    for old in _candidates(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_latest(folder: Path, clean: bool = True) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, and a line for each newer one that was passed over because it is damaged.
+
+    Raises:
+        RunFailed: where there are checkpoints and none of them is whole.
+    """
+    for leftover in folder.glob(".writing-*") if clean else ():
+        shutil.rmtree(leftover, ignore_errors=True)
+    warnings: list[str] = []
+    found = _candidates(folder)
+    for path in found:
+        try:
+            return _load(path), warnings
+        except Exception as error:
+            warnings.append(f"checkpoint {path.name} is damaged and was passed over: {error}")
+    if found:
+        raise RunFailed(f"no checkpoint in {folder} can be read ({warnings[0]}); run again with --fresh to start over")
+    return None, warnings
+
+
+def latest_name(folder: Path) -> str | None:
+    """Name of the newest checkpoint folder, whole or not."""
+    found = _candidates(folder)
+    return found[0].name if found else None
+
+
+def _load(path: Path) -> Checkpoint:
+    state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise ValueError(f"format {state.get('format')!r} is not {FORMAT!r}")
+    tensors = {}
+    for name, digest in state["files"].items():
+        file = path / f"{name}.safetensors"
+        if _sha256(file) != digest:
+            raise ValueError(f"{file.name} does not have the recorded SHA-256")
+        tensors[name] = load_file(file)
+    return Checkpoint(path, int(state["images_seen"]), state["meta"], tensors)
+
+
+def _candidates(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), reverse=True)
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An optimizer's state as flat tensors ``<parameter index>/<key>``."""
+    state: dict[int, dict[str, Any]] = optimizer.state_dict()["state"]
+    return {
+        f"{index}/{key}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for index, entry in state.items()
+        for key, value in entry.items()
+    }
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restores what ``pack_optimizer`` gave, into an optimizer over the same parameters in the same order."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        index, _, key = name.partition("/")
+        state.setdefault(int(index), {})[key] = value
+    whole = optimizer.state_dict()
+    whole["state"] = state
+    optimizer.load_state_dict(whole)
