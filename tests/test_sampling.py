@@ -1,0 +1,338 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from worlds import cosine_pi, generator, uneven_world
+
+from diffstill.analytic import GaussianMixtureWorld, analytic_denoiser
+from diffstill.diffusion.guidance import TAG, Constant, GuidanceSchedule, Interval, guide
+from diffstill.diffusion.prediction import PREDICTION_TYPES, PredictionType
+from diffstill.diffusion.sampling import ClipMode, ddim_sample, ddim_timesteps, image_noise
+from diffstill.diffusion.schedule import NoiseSchedule
+
+COSINE = NoiseSchedule.create("cosine", 1000)
+Predict = Callable[[Tensor, Tensor], Tensor]
+
+
+def sample(
+    cond: Predict, null: Predict, noise: Tensor, schedule: NoiseSchedule, guidance: GuidanceSchedule, **options: object
+) -> Tensor:
+    return ddim_sample(cond, lambda x, t: (cond(x, t), null(x, t)), noise, schedule, guidance, **options)  # type: ignore[arg-type]
+
+
+def test_timesteps_lead() -> None:
+    assert ddim_timesteps(1000, 50) == list(range(980, -1, -20))
+    assert ddim_timesteps(1000, 1) == [0]
+    assert ddim_timesteps(1000, 3) == [666, 333, 0]
+    assert ddim_timesteps(10, 10) == list(range(9, -1, -1))
+
+
+@given(T=st.integers(1, 2000), data=st.data())
+def test_timesteps_are_those_of_diffusers(T: int, data: st.DataObject) -> None:
+    steps = data.draw(st.integers(1, T))
+    stock = DDIMScheduler(T, timestep_spacing="leading", steps_offset=0)
+    stock.set_timesteps(steps)
+    assert ddim_timesteps(T, steps) == stock.timesteps.tolist()
+
+
+@pytest.mark.parametrize("steps", [0, -1, 11])
+def test_impossible_step_counts_are_refused(steps: int) -> None:
+    with pytest.raises(ValueError, match=r"must lie in 1\.\.10"):
+        ddim_timesteps(10, steps)
+
+
+def both_samplers(
+    world: GaussianMixtureWorld, kind: PredictionType, clip: ClipMode, guidance: GuidanceSchedule, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """50 steps by ours and by diffusers: ``paper`` is its ``use_clipped_model_output=False``, ``recompute`` is True."""
+    denoiser = analytic_denoiser(world, COSINE, kind)
+    x = torch.randn(12, *world.sample_shape, generator=generator(0), dtype=dtype)
+    labels = torch.arange(12) % world.num_classes
+    ours = ddim_sample(
+        lambda x, t: denoiser(x, t, labels),
+        lambda x, t: denoiser.branches(x, t, labels),
+        x,
+        COSINE,
+        guidance,
+        prediction_type=kind,
+        clip=clip,
+    )
+    betas = COSINE.betas.tolist()
+    stock = DDIMScheduler(
+        1000, trained_betas=betas, clip_sample=clip != "none", set_alpha_to_one=True, prediction_type=kind
+    )
+    if dtype == torch.float64:
+        stock.alphas_cumprod = COSINE.alphas_cumprod
+    stock.set_timesteps(50)
+    for t in stock.timesteps:
+        out = guide(*denoiser.branches(x, torch.full((12,), int(t)), labels), guidance(int(t), 1000))
+        x = stock.step(out, t, x, eta=0.0, use_clipped_model_output=clip == "recompute").prev_sample
+    return ours, x
+
+
+@pytest.mark.parametrize("guidance", [Constant(1.0), Constant(2.0), TAG()], ids=str)
+@pytest.mark.parametrize("clip", ["none", "paper", "recompute"])
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_ddim_is_that_of_diffusers(kind: PredictionType, clip: ClipMode, guidance: GuidanceSchedule) -> None:
+    """In float64, on a world where guidance amplifies every difference: the formulas are the same."""
+    ours, stock = both_samplers(uneven_world(), kind, clip, guidance, torch.float64)
+    torch.testing.assert_close(ours, stock, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("clip", ["none", "paper", "recompute"])
+@pytest.mark.parametrize("kind", PREDICTION_TYPES)
+def test_ddim_is_that_of_diffusers_with_its_own_float32_table(kind: PredictionType, clip: ClipMode) -> None:
+    ours, stock = both_samplers(GaussianMixtureWorld.ring(), kind, clip, Constant(2.0), torch.float32)
+    torch.testing.assert_close(ours, stock, rtol=1e-5, atol=1e-5)
+
+
+def test_the_clip_modes_differ_where_x0_leaves_the_range() -> None:
+    world = uneven_world()
+    noise = torch.randn(12, 3, 1, 1, generator=generator(0), dtype=torch.float64)
+    labels = torch.arange(12) % 3
+    outs = [
+        sample(
+            lambda x, t: world.epsilon(x, t, COSINE, labels),
+            lambda x, t: world.epsilon(x, t, COSINE),
+            noise,
+            COSINE,
+            Constant(3.0),
+            clip=clip,
+        )
+        for clip in ("none", "paper", "recompute")
+    ]
+    assert outs[0].abs().max() > 1.01
+    assert outs[2].abs().max() <= 1
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        assert (outs[a] - outs[b]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("steps", [1, 7, 50])
+@pytest.mark.parametrize("clip", ["none", "paper", "recompute"])
+def test_an_oracle_epsilon_recovers_its_x0(clip: ClipMode, steps: int) -> None:
+    x0 = torch.rand(3, 1, 4, 4, generator=generator(1), dtype=torch.float64) * 2 - 1
+    noise = torch.randn(x0.shape, generator=generator(2), dtype=torch.float64)
+
+    def oracle(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = COSINE.at(t, 4, torch.float64)
+        return (x - alpha * x0) / sigma
+
+    out = sample(oracle, oracle, noise, COSINE, Constant(2.0), steps=steps, clip=clip)
+    torch.testing.assert_close(out, x0, rtol=1e-9, atol=1e-9)
+
+
+def test_the_null_pass_is_skipped_exactly_where_the_scale_is_1() -> None:
+    world = GaussianMixtureWorld.ring()
+    labels = torch.tensor([0, 1])
+    calls: list[tuple[str, int]] = []
+
+    def cond(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(("cond", int(t[0])))
+        return world.epsilon(x, t, COSINE, labels)
+
+    def branches(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(("both", int(t[0])))
+        return world.epsilon(x, t, COSINE, labels), world.epsilon(x, t, COSINE)
+
+    ddim_sample(cond, branches, torch.randn(2, 2, 1, 1), COSINE, Interval(3.0, 0.2, 0.8), steps=10)
+    assert calls == [("both" if 200 <= t < 800 else "cond", t) for t in range(900, -1, -100)]
+
+
+def single(m: float = 0.3, d: float = 0.5) -> GaussianMixtureWorld:
+    return GaussianMixtureWorld.single_gaussians(torch.full((1, 1, 1, 1), m, dtype=torch.float64), d)
+
+
+def pushed_moments(
+    world: GaussianMixtureWorld, schedule: NoiseSchedule, kind: PredictionType, **options: object
+) -> list[float]:
+    """(mean, std) of the sampler's output on a Gaussian world: the whole sampler is affine there, so two probes do."""
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        return world.prediction(x, t, schedule, None, kind)
+
+    probes = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
+    out = sample(predict, predict, probes, schedule, Constant(1.0), prediction_type=kind, clip="none", **options)
+    offset, top = out.flatten().tolist()
+    return [offset, abs(top - offset)]
+
+
+@pytest.mark.parametrize(
+    ("steps", "mean", "std"),
+    [
+        (1000, 0.299050, 0.498495),
+        (100, 0.298986, 0.485981),
+        (50, 0.298911, 0.472439),
+        (10, 0.298155, 0.374128),
+        (4, 0.296116, 0.225390),
+        (2, 0.292953, 0.084216),
+    ],
+)
+def test_ddim_on_a_gaussian_linear_schedule_leading(steps: int, mean: float, std: float) -> None:
+    """Known answers of sfddm.md 7."""
+    schedule = NoiseSchedule.create("linear", 1000)
+    assert pushed_moments(single(), schedule, "epsilon", steps=steps) == pytest.approx([mean, std], abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "mean", "std"),
+    [
+        (100, 0.299075, 0.485447),
+        (50, 0.299102, 0.471403),
+        (10, 0.299295, 0.369955),
+        (4, 0.299585, 0.217608),
+        (2, 0.299864, 0.071521),
+    ],
+)
+def test_ddim_on_a_gaussian_linear_schedule_trailing(steps: int, mean: float, std: float) -> None:
+    """Explicit timesteps: the trailing grid 999, 999 - T/N, ... of sfddm.md 7."""
+    schedule = NoiseSchedule.create("linear", 1000)
+    trailing = (np.arange(1000, 0, -1000 // steps) - 1).tolist()
+    moments = pushed_moments(single(), schedule, "epsilon", timesteps=trailing)
+    assert moments == pytest.approx([mean, std], abs=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("steps", "std"),
+    [
+        (1, 0.0),
+        (2, 0.2),
+        (4, 0.333441),
+        (8, 0.411375),
+        (16, 0.453928),
+        (32, 0.476459),
+        (64, 0.488094),
+        (1024, 0.499248),
+    ],
+)
+def test_ddim_on_a_gaussian_continuous_cosine(steps: int, std: float) -> None:
+    """Known answers of guided.md 7.1."""
+    moments = pushed_moments(single(), cosine_pi(steps), "v_prediction", steps=steps)
+    assert moments == pytest.approx([0.3, std], abs=1e-6)
+
+
+def test_many_steps_reach_the_exact_flow() -> None:
+    """In the limit the map is ``m + d z``; the error falls like 1/steps."""
+    errors = [0.5 - pushed_moments(single(), cosine_pi(n), "v_prediction", steps=n)[1] for n in (64, 128, 256)]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.02)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.02)
+
+
+@pytest.mark.parametrize("guidance", [Constant(1.0), Constant(3.0), TAG(), Interval(2.5, 0.2, 0.7)], ids=str)
+def test_guided_ddim_on_gaussians_is_the_closed_form_recursion(guidance: GuidanceSchedule) -> None:
+    """cond N(c, d_c^2), null N(0, d_u^2): each guided step is an affine map of x, computed here by its coefficients."""
+    c, d_c, d_u = 0.4, 0.3, 0.8
+    cond_world, null_world = single(c, d_c), single(0.0, d_u)
+    z = torch.randn(5, 1, 1, 1, generator=generator(0), dtype=torch.float64)
+    out = sample(
+        lambda x, t: cond_world.epsilon(x, t, COSINE),
+        lambda x, t: null_world.epsilon(x, t, COSINE),
+        z,
+        COSINE,
+        guidance,
+        clip="none",
+    )
+    slope, offset = 1.0, 0.0
+    abar = COSINE.alphas_cumprod.tolist()
+    for t in range(980, -1, -20):
+        a, b = math.sqrt(abar[t]), math.sqrt(1 - abar[t])
+        s = guidance(t, 1000)
+        k_c, k_u = b / (abar[t] * d_c**2 + b**2), b / (abar[t] * d_u**2 + b**2)
+        k, shift = s * k_c + (1 - s) * k_u, -s * k_c * a * c  # guided eps = k x + shift
+        p = abar[t - 20] if t else 1.0
+        gain = math.sqrt(p) / a
+        noise_gain = math.sqrt(1 - p) - gain * b
+        slope, offset = (gain + noise_gain * k) * slope, (gain + noise_gain * k) * offset + noise_gain * shift
+    torch.testing.assert_close(out, slope * z + offset, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("scale", "steps", "on_noise", "on_condition"),
+    [
+        (1.0, 1, 0.0, 1.0),
+        (1.0, 2, 0.2, 1.0),
+        (1.0, 64, 0.488094, 1.0),
+        (1.3, 1, 0.0, 1.3),
+        (1.3, 2, 0.093333, 1.161333),
+        (1.3, 4, 0.237951, 1.139794),
+        (1.3, 8, 0.311603, 1.140016),
+        (1.3, 64, 0.381897, 1.140373),
+        (2.0, 2, -0.155556, 1.288889),
+        (2.0, 4, 0.085880, 1.283921),
+        (2.0, 8, 0.154225, 1.307986),
+        (2.0, 64, 0.214433, 1.321167),
+        (5.0, 1, 0.0, 5.0),
+        (5.0, 2, -1.222222, -2.111111),
+        (5.0, 4, 0.048627, 1.309783),
+        (5.0, 8, 0.001283, 1.283653),
+        (5.0, 64, 0.016728, 1.362303),
+    ],
+)
+def test_guided_sampling_of_the_hierarchical_gaussian(
+    scale: float, steps: int, on_noise: float, on_condition: float
+) -> None:
+    """c ~ N(0, 1), x | c ~ N(c, 1/4), null N(0, 5/4): ``sample = M_z z + M_c c`` with the table of guided.md 7.7."""
+    schedule = cosine_pi(steps)
+    null_world = single(0.0, math.sqrt(1.25))
+
+    def run(z: float, c: float) -> float:
+        cond_world = single(c, 0.5)
+        out = sample(
+            lambda x, t: cond_world.v(x, t, schedule),
+            lambda x, t: null_world.v(x, t, schedule),
+            torch.full((1, 1, 1, 1), z, dtype=torch.float64),
+            schedule,
+            Constant(scale),
+            steps=steps,
+            prediction_type="v_prediction",
+            clip="none",
+        )
+        return out.item()
+
+    assert run(1.0, 0.0) == pytest.approx(on_noise, abs=2e-6)
+    assert run(0.0, 1.0) == pytest.approx(on_condition, abs=2e-6)
+
+
+def test_samples_of_a_mixture_have_its_moments() -> None:
+    """A non-linear world: 250 steps from noise land in the asked class, with the class's mean and covariance."""
+    world = GaussianMixtureWorld.ring(num_classes=2, components_per_class=1, std=0.2)
+    labels = torch.arange(2000) % 2
+    noise = image_noise(world.sample_shape, 0, 0, 2000).double()
+    out = sample(
+        lambda x, t: world.epsilon(x, t, COSINE),
+        lambda x, t: world.epsilon(x, t, COSINE),
+        noise,
+        COSINE,
+        Constant(1.0),
+        steps=250,
+        clip="none",
+    ).flatten(1)
+    side = out[:, 0].sign()
+    assert side.mean().abs() < 5 / math.sqrt(len(labels))
+    torch.testing.assert_close(out[:, 0].abs().mean(), torch.tensor(0.7, dtype=torch.float64), atol=0.03, rtol=0)
+    spread = torch.stack([out[:, 0] - 0.7 * side, out[:, 1]]).std(1)
+    torch.testing.assert_close(spread, torch.full((2,), 0.2, dtype=torch.float64), atol=0.015, rtol=0)
+
+
+@given(seed=st.integers(0, 2**31), first=st.integers(0, 10_000), cut=st.integers(0, 6))
+@settings(max_examples=25, deadline=None)
+def test_image_noise_does_not_depend_on_the_batching(seed: int, first: int, cut: int) -> None:
+    whole = image_noise((1, 2, 2), seed, first, 6)
+    parts = torch.cat([image_noise((1, 2, 2), seed, first, cut), image_noise((1, 2, 2), seed, first + cut, 6 - cut)])
+    assert whole.shape == (6, 1, 2, 2)
+    assert torch.equal(whole, parts)
+    assert len(whole.flatten(1).unique(dim=0)) == 6
+
+
+def test_image_noise_is_standard_normal_and_differs_between_seeds() -> None:
+    noise = image_noise((4, 4, 4), 3, 0, 500)
+    assert noise.mean().abs() < 5 / math.sqrt(noise.numel())
+    assert noise.std().item() == pytest.approx(1, abs=0.02)
+    assert not torch.equal(noise, image_noise((4, 4, 4), 4, 0, 500))
