@@ -45,7 +45,8 @@ class TAG:
     beta: float = 5.0
 
     def __call__(self, t: int, T: int) -> float:
-        return self.s_min + (self.s_max - self.s_min) / (1 + math.exp(-self.beta * (0.5 - t / T)))
+        # The sigmoid by way of tanh, which does not overflow for a sharp beta.
+        return self.s_min + (self.s_max - self.s_min) * (1 + math.tanh(self.beta * (0.5 - t / T) / 2)) / 2
 
     def __str__(self) -> str:
         return f"tag:{self.s_min:g},{self.s_max:g},{self.beta:g}"
