@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffstill.analytic import GaussianMixtureWorld
 from diffstill.diffusion.schedule import NoiseSchedule
@@ -79,14 +79,15 @@ def train(
     method: Method,
     batches: Callable[[int], Batch],
     steps: int,
-    lr: float = 1e-2,
-    parameters: list[nn.Parameter] | None = None,
+    lr: float,
+    optimizer: type[torch.optim.Optimizer] = torch.optim.Adam,
 ) -> None:
-    """Adam with the rate falling linearly to zero."""
-    optimizer = torch.optim.Adam(parameters or list(method.roles["student"].parameters()), lr=lr)
-    fall = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    """A plain loop over the student, the rate falling linearly to zero."""
+    parameters = [p for p in method.roles["student"].parameters() if p.requires_grad]
+    update = optimizer(parameters, lr=lr)  # type: ignore[call-arg]
+    fall = torch.optim.lr_scheduler.LambdaLR(update, lambda step: 1 - step / steps)
     for step in range(steps):
-        optimizer.zero_grad()
+        update.zero_grad()
         loss_of(method, batches(step)).total.backward()
-        optimizer.step()
+        update.step()
         fall.step()

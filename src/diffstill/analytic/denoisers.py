@@ -50,8 +50,7 @@ class PerturbedNetwork(nn.Module):
 class AffineStudent(nn.Module):
     """An affine map of x_t for every label (null included) and timestep bin; starts near the identity.
 
-    With ``bins = T`` it holds the optimum of ``GaussianMixtureWorld.single_gaussians`` of equal means (both branches
-    are affine there); elsewhere it is a student of too little capacity.
+    With ``bins = T`` it can be exact where a branch is one Gaussian; elsewhere it is a student of too little capacity.
     """
 
     def __init__(self, num_classes: int, sample_shape: tuple[int, ...], T: int, bins: int = 16) -> None:
