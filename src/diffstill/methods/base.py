@@ -149,6 +149,8 @@ class Method(ABC):
     options_class: ClassVar[type[Options]] = Options
     teacher_needs: frozenset[str] = frozenset()
     """Of ``cond``, ``null``, ``features``; may be set per instance from the options."""
+    student_passes: int = 1
+    """Student forwards an image and step; what ``--dry-run`` predicts with."""
     guided: bool = True
     """False for students that have no live null branch and are sampled in one pass."""
     copy_parts: ClassVar[Mapping[str, float]] = {}

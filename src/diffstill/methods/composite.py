@@ -30,6 +30,7 @@ class Composite(Distillation):
     source = "DASH 2606.00798 v2 Eq. 4"
     options_class = CompositeOptions
     teacher_needs = frozenset({"cond", "null"})
+    student_passes = 2
     copy_parts = {"composite": 0.0}
 
     def scales(self, batch: Batch) -> float | Tensor:

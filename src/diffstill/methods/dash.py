@@ -35,12 +35,14 @@ class Dash(Distillation):
     source = "DASH 2606.00798 Eq. 4-7"
     options_class = DashOptions
     teacher_needs = frozenset({"cond", "null"})
+    student_passes = 2
     copy_parts = {"imitation": 0.0, "null": 0.0}
 
     def __init__(self, setting: Setting, options: Options) -> None:
         super().__init__(setting, options)
         if self.options.lambda_un == 0:
             self.teacher_needs = frozenset({"cond"})
+            self.student_passes = 1
 
     def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
         assert teacher is not None

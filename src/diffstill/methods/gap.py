@@ -23,6 +23,7 @@ class GapMatching(Distillation):
     source = "DASH 2606.00798 v2 Table A6"
     options_class = GapOptions
     teacher_needs = frozenset({"cond", "null"})
+    student_passes = 2
     copy_parts = {"gap": 0.0}
 
     def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:

@@ -1,0 +1,298 @@
+"""The command line: parsing and printing only. Exit codes: 0 done, 1 a failed run, 2 bad input, 130/143 stopped."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import __version__
+from .errors import DiffstillError, InputError
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a wrong command line, instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError("command line", message, f"see {self.prog} --help", problem="was not understood")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        _quieten()
+        return int(arguments.run(arguments) or 0)
+    except DiffstillError as error:
+        print(f"diffstill: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("diffstill: stopped; run the same command again to resume from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if os.environ.get("DIFFSTILL_DEBUG"):
+            raise
+        print(f"diffstill: {_unforeseen(error)}", file=sys.stderr)
+        return 1
+
+
+def _unforeseen(error: Exception) -> str:
+    text = " ".join(str(error).split())[:400]
+    if type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory ({text}); set training.micro_batch or a smaller training.batch_size"
+    return f"unexpected {type(error).__name__}: {text} (a bug: set DIFFSTILL_DEBUG=1 for the traceback and report it)"
+
+
+def _quieten() -> None:
+    """Chatter of the libraries underneath is no news to the user."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    for name in ("diffusers", "accelerate", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="diffstill",
+        description="Distil diffusion models: smaller, fewer steps, the guidance dial still alive.",
+        epilog="example: diffstill demo",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"diffstill {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, run: Any, text: str, example: str, *, out: str | None = None) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name, help=text, description=text, epilog=f"example: {example}", allow_abbrev=False
+        )
+        made.set_defaults(run=run)
+        made.add_argument("--json", action="store_true", help="print one JSON object on standard output")
+        if out is not None:
+            made.add_argument("--out", type=Path, default=None, help=f"where to write (default {out})")
+            made.add_argument("--device", default=None, help="auto, cpu, cuda or mps (default: the recipe's, auto)")
+            made.add_argument("--quiet", action="store_true", help="no progress bars")
+        return made
+
+    def recipe_command(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
+        made = command(name, run, text, example, out="runs/NAME")
+        made.add_argument("recipe", help="a name from `diffstill list recipes`, or a YAML path")
+        made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides: training.lr=1e-3")
+        made.add_argument("--fresh", action="store_true", help="throw an earlier run in --out away and start over")
+        made.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its predicted cost")
+        return made
+
+    demo = command("demo", _demo, "teacher, DASH student, evaluation and report on real digits, in minutes",
+                   "diffstill demo", out="runs/demo")  # fmt: skip
+    demo.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe digits-dash")
+    demo.add_argument("--fresh", action="store_true", help="throw an earlier demo away and start over")
+    recipe_command("train", _train, "train a class-conditional teacher", "diffstill train digits-teacher")
+    recipe_command("distill", _train, "distil a student from a teacher", "diffstill distill digits-dash seed=1")
+    arena = recipe_command("arena", _arena, "train several methods against one teacher in one pass, and compare",
+                           "diffstill arena digits-arena --methods dash,composite --seeds 3")  # fmt: skip
+    arena.add_argument("--methods", default=None, help="comma-separated arms or methods (default: the recipe's arms)")
+    arena.add_argument("--seeds", type=int, default=3, help="number of training seeds (default 3)")
+
+    sample = command("sample", _sample, "draw images from a model",
+                     "diffstill sample runs/demo/model --guidance 2 --labels 0,1,2 --out grid.png",
+                     out="samples.png")  # fmt: skip
+    sample.add_argument("model", help="a model folder or hub id")
+    sample.add_argument("--guidance", default=None, help="2, tag:1,4,5 or interval:3,0.2,0.8 (default: the model's)")
+    sample.add_argument("--steps", type=int, default=50)
+    sample.add_argument("--labels", default=None, help="class numbers or names, comma-separated")
+    sample.add_argument("-n", "--count", type=int, default=None, help="how many images (default: 8 a class)")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--batch-size", type=int, default=256)
+    sample.add_argument("--clip", choices=("recompute", "paper", "none"), default="recompute")
+
+    evaluate = command("eval", _eval, "measure a model",
+                       "diffstill eval runs/demo/model --teacher runs/demo/teacher", out="runs/eval-NAME")  # fmt: skip
+    evaluate.add_argument("model", help="a model folder or hub id")
+    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="of the protocol: samples=5000 steps=20")
+    evaluate.add_argument("--teacher", default=None, help="measure guidance fidelity against this model")
+    evaluate.add_argument("--data", default=None, help="digits, folder:PATH, npz:PATH, parquet:PATH or hub:NAME")
+
+    report = command("report", _report, "write one run's report again, or compare several",
+                     "diffstill report runs/a runs/b --out compare.html")  # fmt: skip
+    report.add_argument("runs", nargs="+", type=Path, help="run folders (or receipt.json files)")
+    report.add_argument("--out", type=Path, default=None, help="the page (default report.html, or compare.html)")
+
+    listing = command("list", _list, "what there is", "diffstill list recipes")
+    listing.add_argument("what", choices=("recipes", "methods", "data", "metrics"))
+    check = command("check", _check, "conformance of a method or a model", "diffstill check dash")
+    check.add_argument("target", help="a method's name, path/to/file.py:Class, or a model folder")
+    check.add_argument("--quick", action="store_true", help="skip the slow proofs (two processes, compile)")
+    command("doctor", _doctor, "what is installed, what would not work and why", "diffstill doctor")
+    return parser
+
+
+def _print(arguments: argparse.Namespace, value: Any, text: str) -> None:
+    print(json.dumps(value) if arguments.json else text)
+
+
+def _session(arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
+    from .console import make_ui
+    from .engine.runtime import Runtime
+
+    try:
+        runtime = Runtime(arguments.device or device)
+    except ValueError as error:
+        raise InputError("device", arguments.device or device, str(error)) from None
+    return runtime, make_ui(quiet=arguments.quiet or arguments.json, speaks=runtime.is_main)
+
+
+def _load(arguments: argparse.Namespace, name: str | None = None) -> Any:
+    from .recipe import load_recipe
+
+    return load_recipe(name or arguments.recipe, arguments.overrides)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .jobs.distill import distill
+
+    recipe = _load(arguments, "digits-dash")
+    out = arguments.out or Path("runs/demo")
+    runtime, ui = _session(arguments, recipe.device)
+    try:
+        finished = distill(recipe, out, runtime, ui, fresh=arguments.fresh, kind="demo")
+    finally:
+        runtime.close()
+    return _tell(arguments, finished, runtime)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from .jobs.distill import distill
+    from .jobs.plan import plan
+    from .jobs.train import require_kind, train
+
+    recipe = _load(arguments)
+    require_kind(recipe, arguments.command)
+    if arguments.dry_run:
+        planned = plan(recipe)
+        _print(arguments, planned.as_json(), planned.as_text())
+        return 0
+    out = arguments.out or Path("runs") / recipe.name
+    runtime, ui = _session(arguments, recipe.device)
+    try:
+        job: Any = train if recipe.kind == "train" else distill
+        finished = job(recipe, out, runtime, ui, fresh=arguments.fresh)
+    finally:
+        runtime.close()
+    return _tell(arguments, finished, runtime)
+
+
+def _arena(arguments: argparse.Namespace) -> int:
+    from .jobs.arena import arena
+    from .jobs.plan import plan
+    from .jobs.train import require_kind
+
+    recipe = _load(arguments)
+    require_kind(recipe, "distill")
+    if arguments.seeds < 1:
+        raise InputError("seeds", arguments.seeds, "use 1 or more")
+    if arguments.dry_run:
+        planned = plan(recipe)
+        _print(arguments, planned.as_json(), planned.as_text())
+        return 0
+    out = arguments.out or Path("runs") / f"arena-{recipe.name}"
+    runtime, ui = _session(arguments, recipe.device)
+    chosen = arguments.methods.split(",") if arguments.methods else None
+    try:
+        result = arena(recipe, out, runtime, ui, methods=chosen, seeds=arguments.seeds, fresh=arguments.fresh)
+    finally:
+        runtime.close()
+    if runtime.is_main:
+        from .report.arena import markdown_table
+
+        page = out / "report.html"
+        _print(arguments, result.model_dump(mode="json"), f"{markdown_table(result)}\n\nreport: {page}")
+    return 0
+
+
+def _tell(arguments: argparse.Namespace, finished: Any, runtime: Any) -> int:
+    if not runtime.is_main:
+        return 0
+    from .report.words import verdict
+
+    receipt = finished.receipt
+    lines = ["all done already; --fresh starts over"] if finished.already else []
+    lines += verdict(receipt)
+    lines += [f"warning: {text}" for text in receipt.warnings]
+    lines += [f"report:  {finished.folder / 'report.html'}", f"receipt: {finished.folder / 'receipt.json'}"]
+    if (finished.folder / "model").exists():
+        lines.append(f"model:   {finished.folder / 'model'}")
+    _print(arguments, receipt.model_dump(mode="json"), "\n".join(lines))
+    return 0
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    from .jobs.evaluate import sample
+
+    runtime, ui = _session(arguments, "auto")
+    if arguments.batch_size < 1:
+        raise InputError("batch-size", arguments.batch_size, "use 1 or more")
+    path = sample(
+        arguments.model, arguments.out or Path("samples.png"), runtime, ui, guidance=arguments.guidance,
+        steps=arguments.steps, labels=arguments.labels, count=arguments.count, seed=arguments.seed,
+        clip=arguments.clip, batch_size=arguments.batch_size,
+    )  # fmt: skip
+    _print(arguments, {"out": str(path)}, f"wrote {path}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from .jobs.evaluate import evaluate, protocol_of
+
+    runtime, ui = _session(arguments, "auto")
+    out = arguments.out or Path("runs") / f"eval-{Path(arguments.model).resolve().name}"
+    try:
+        finished = evaluate(
+            arguments.model, out, runtime, ui, teacher=arguments.teacher, data=arguments.data,
+            spec=protocol_of(arguments.model, arguments.overrides),
+        )  # fmt: skip
+    finally:
+        runtime.close()
+    return _tell(arguments, finished, runtime)
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from .jobs.report import report
+
+    path = report(arguments.runs, arguments.out)
+    _print(arguments, {"out": str(path)}, f"wrote {path}")
+    return 0
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from .jobs.listing import listing
+
+    rows = listing(arguments.what)
+    width = max((len(name) for name, _ in rows), default=0)
+    text = "\n".join(f"{name:<{width}}  {line}" for name, line in rows)
+    _print(arguments, [{"name": name, "summary": line} for name, line in rows], text)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from .checks import run_check
+
+    found = run_check(arguments.target, quick=arguments.quick)
+    _print(arguments, found.model_dump(mode="json"), str(found))
+    return 0 if found.ok else 1
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .console import doctor_text
+    from .jobs.doctor import examine
+
+    found = examine()
+    _print(arguments, found, doctor_text(found))
+    return 0 if found["ok"] else 1

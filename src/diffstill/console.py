@@ -1,0 +1,101 @@
+"""What a person sees while a job runs: rich progress bars on a terminal, a plain line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .jobs.ui import Bar, Silent, Ui
+
+PLAIN_EVERY = 15.0
+"""Seconds between progress lines where standard error is no terminal."""
+
+
+class RichUi:
+    """Bars with the time that is left, on standard error; standard output stays for results."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+
+    def say(self, text: str) -> None:
+        self.console.print(text)
+
+    def warn(self, text: str) -> None:
+        self.console.print(f"warning: {text}", style="yellow")
+
+    @contextmanager
+    def bar(self, title: str, total: float) -> Iterator[Bar]:
+        progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("left"), TimeRemainingColumn(compact=True), TextColumn("took"), TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"), console=self.console,
+        )  # fmt: skip
+        with progress:
+            task = progress.add_task(title, total=total, note="")
+
+            class Shown:
+                def update(self, done: float, note: str = "") -> None:
+                    progress.update(task, completed=done, note=note)
+
+            yield Shown()
+
+
+class PlainUi:
+    """For logs: a line at the start, every few seconds and at the end."""
+
+    def say(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
+    @contextmanager
+    def bar(self, title: str, total: float) -> Iterator[Bar]:
+        began = told = time.monotonic()
+        say = self.say
+
+        class Told:
+            first: float | None = None
+
+            def update(self, done: float, note: str = "") -> None:
+                nonlocal told
+                now = time.monotonic()
+                self.first = done if self.first is None else self.first
+                if now - told >= PLAIN_EVERY and done < total:
+                    told = now
+                    fresh = max(done - self.first, 1e-9)
+                    left = (total - done) * (now - began) / fresh if done > self.first else float("nan")
+                    say(f"{title}: {100 * done / total:.0f}%, about {left:.0f} s left  {note}".rstrip())
+
+        say(f"{title} ...")
+        yield Told()
+        say(f"{title}: done in {time.monotonic() - began:.0f} s")
+
+
+def make_ui(quiet: bool, speaks: bool) -> Ui:
+    if quiet or not speaks:
+        return Silent()
+    return RichUi() if sys.stderr.isatty() else PlainUi()
+
+
+def doctor_text(found: dict[str, Any]) -> str:
+    """``examine()`` for a person."""
+    lines = [
+        f"diffstill {found['diffstill']} on Python {found['python']}, {found['platform']}",
+        f"device: {found['device']}, {found['cores']} cores, {found['threads']} threads, "
+        f"native bf16: {'yes' if found['bf16'] else 'no'}, {found['free_disk_gib']} GiB free",
+    ]
+    for name, number in found["packages"].items():
+        lines.append(f"  {'ok     ' if number else 'MISSING'} {name} {number or ''}".rstrip())
+    for name, entry in found["extras"].items():
+        state = entry["version"] or f"not installed (extra [{entry['extra']}])"
+        lines.append(f"  extra   {name}: {state}; for {entry['for']}")
+    lines += [f"note: {note}" for note in found["notes"]]
+    lines.append("all that is needed is there" if found["ok"] else "something that is needed is missing")
+    return "\n".join(lines)

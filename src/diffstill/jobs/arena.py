@@ -1,0 +1,230 @@
+"""``diffstill arena``: several methods, one teacher, one pass; the same images, noise and timesteps for all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.sources import DataSplits, load_data
+from ..engine.arm import Arm
+from ..engine.loop import Trainer
+from ..engine.runtime import Runtime
+from ..errors import InputError
+from ..evaluation.guidance_fidelity import FidelityProbe
+from ..evaluation.protocol import Evaluator
+from ..evaluation.results import ModelEvaluation
+from ..methods import METHODS, Method, Setting
+from ..models.adapters import unwrap
+from ..recipe import ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, resolved
+from ..report.arena import ArenaArm, ArenaResult, ArmSeed, Budget
+from ..report.page import write_arena
+from ..report.receipt import environment, write_text
+from .build import Teacher, build_method, build_student, probe_data
+from .distill import PROBE_PAIRS, blank_teacher, obtain_teacher, prepare_student
+from .finish import Subject, describe_data, draw_pictures, evaluator_for
+from .folder import RunFolder
+from .stage import Planned, run_stage
+from .ui import Ui
+
+CHEAPER = 0.9
+"""An arm whose step costs less than this share of the reference's gets a second training at equal seconds."""
+
+
+def choose_arms(recipe: DistillRecipe, methods: Sequence[str] | None) -> dict[str, ArmSpec]:
+    """The arms by name: the recipe's, or those named (an arm of the recipe, or a method with its defaults).
+
+    Raises:
+        InputError: an unknown name, or a reference arm that is not among them.
+    """
+    known = recipe.arena.arms
+    if methods is None:
+        chosen = dict(known)
+    else:
+        chosen = {}
+        for name in (word.strip() for word in methods):
+            if name in known:
+                chosen[name] = known[name]
+            elif name in METHODS:
+                chosen[name] = ArmSpec(method=MethodSpec(name=name))
+            else:
+                names = ", ".join(dict.fromkeys([*known, *METHODS]))
+                raise InputError("methods", name, f"use some of: {names}", problem="is neither an arm nor a method")
+    if not chosen:
+        raise InputError("methods", "", "name some with --methods, or add arena.arms to the recipe", problem="is empty")
+    return chosen
+
+
+def arena(
+    recipe: DistillRecipe,
+    out: Path,
+    runtime: Runtime,
+    ui: Ui,
+    *,
+    methods: Sequence[str] | None = None,
+    seeds: int = 3,
+    fresh: bool = False,
+) -> ArenaResult:
+    """Trains every arm from every seed, evaluates all, writes ``arena.json`` and ``report.html``.
+
+    Resumes: finished trainings and evaluations are kept in the run folder.
+    """
+    data = load_data(recipe.data)
+    arms = choose_arms(recipe, methods)
+    reference = recipe.arena.reference if recipe.arena.reference in arms else next(iter(arms))
+    prepare_student(recipe, data, blank_teacher(recipe, data))
+    identity = {**resolved(recipe), "arms": list(arms), "seeds": seeds}
+    folder = RunFolder(out, identity, fresh=fresh, write=runtime.is_main)
+    runtime.barrier()
+    evaluator = evaluator_for(recipe.evaluation, data, runtime, ui)
+    teacher, _ = obtain_teacher(recipe, data, folder, runtime, ui)
+    # Refuse what does not fit before the first long pass, not after it.
+    for spec in arms.values():
+        _build(recipe, spec, teacher, recipe.seed)
+    session = _Session(recipe, data, folder.path, runtime, ui, evaluator, teacher)
+    found: dict[str, list[ArmSeed]] = {name: [] for name in arms}
+    parameters: dict[str, int] = {}
+    longer: dict[str, int] = {}
+    for number in range(seeds):
+        seed = recipe.seed + number
+        trainer = session.train(f"seed-{seed}", arms, seed)
+        if number == 0:
+            parameters = {arm.name: _size(arm) for arm in trainer.arms}
+            if recipe.arena.equal_seconds:
+                longer = _images_for_equal_seconds(trainer.arms, reference, recipe.training.batch_size)
+        session.measure(trainer, f"seed-{seed}", seed, "equal_steps", found)
+        if longer:
+            cheaper = {name: arms[name] for name in longer}
+            trainer = session.train(f"seed-{seed}-seconds", cheaper, seed, longer)
+            session.measure(trainer, f"seed-{seed}-seconds", seed, "equal_seconds", found)
+            for name in arms:
+                if name not in longer:
+                    same = next(s for s in found[name] if s.seed == seed)
+                    found[name].append(same.model_copy(update={"budget": "equal_seconds"}))
+    result = ArenaResult(
+        recipe=identity,
+        data=describe_data(data),
+        environment=environment(runtime.device),
+        protocol=evaluator.protocol,
+        teacher=session.evaluate("teacher", Subject("teacher", teacher.denoiser, "teacher", teacher.folder), None),
+        arms=[
+            ArenaArm(
+                name=name,
+                method=spec.method.name,
+                label=spec.label or name,
+                parameters=parameters[name],
+                seeds=found[name],
+            )
+            for name, spec in arms.items()
+        ],
+        reference=reference,
+        notes=session.notes,
+    )
+    if runtime.is_main:
+        result.save(folder.path / "arena.json")
+        write_arena(result, folder.report, folder.path)
+    runtime.barrier()
+    return result
+
+
+class _Session:
+    """What every pass of an arena shares."""
+
+    def __init__(
+        self,
+        recipe: DistillRecipe,
+        data: DataSplits,
+        path: Path,
+        runtime: Runtime,
+        ui: Ui,
+        evaluator: Evaluator,
+        teacher: Teacher,
+    ) -> None:
+        self.recipe, self.data, self.path, self.runtime, self.ui = recipe, data, path, runtime, ui
+        self.evaluator, self.teacher = evaluator, teacher
+        self.notes: list[str] = []
+        self.probe = FidelityProbe(teacher.denoiser, probe_data(data), pairs=PROBE_PAIRS, seed=recipe.seed)
+
+    def train(self, name: str, arms: dict[str, ArmSpec], seed: int, images: dict[str, int] | None = None) -> Trainer:
+        """One pass: every arm on the same stream of batches."""
+        plans = []
+        for arm, spec in arms.items():
+            method = _build(self.recipe, spec, self.teacher, seed)
+            plans.append(Planned(arm, method, (images or {}).get(arm)))
+        return run_stage(
+            plans,
+            title=f"{len(plans)} arms, {name}",
+            data=self.data,
+            flip=self.recipe.data.flip,
+            settings=self.recipe.training,
+            seed=seed,
+            runtime=self.runtime,
+            run_dir=self.path / name,
+            ui=self.ui,
+            teacher=self.teacher.denoiser,
+            probe=self.probe,
+            timed=True,
+        )
+
+    def measure(self, trainer: Trainer, name: str, seed: int, budget: Budget, found: dict[str, list[ArmSeed]]) -> None:
+        """Evaluates every arm of a pass and files the results."""
+        self.notes += [line for line in trainer.warnings if line not in self.notes]
+        for arm in trainer.arms:
+            subject = Subject(arm.name, arm.student, arm.method.name, None, guided=arm.method.guided)
+            # The first seed's pictures stand for the arm.
+            pictures = budget == "equal_steps" and seed == self.recipe.seed
+            evaluation = self.evaluate(f"{name}/{arm.name}", subject, self.teacher, pictures=pictures)
+            found[arm.name].append(
+                ArmSeed(
+                    seed=seed,
+                    steps=arm.images // self.recipe.training.batch_size,
+                    images_seen=arm.images,
+                    seconds=arm.seconds,
+                    evaluation=evaluation,
+                    budget=budget,
+                    collapse_alarm=arm.alarm,
+                )
+            )
+
+    def evaluate(
+        self, name: str, subject: Subject, teacher: Teacher | None, *, pictures: bool = True
+    ) -> ModelEvaluation:
+        """Measured once and kept: an arena that is started again does not measure again."""
+        kept = self.path / "evaluations" / f"{name.replace('/', '-')}.json"
+        if kept.exists():
+            return ModelEvaluation.model_validate_json(kept.read_text(encoding="utf-8"))
+        with self.ui.bar(f"evaluate {name}", 1.0) as bar:
+            found = self.evaluator.evaluate(
+                subject.denoiser,
+                subject.role,
+                subject.method,
+                teacher=teacher.denoiser if teacher else None,
+                guided=subject.guided,
+                cost=subject.role == "teacher",
+                progress=bar.update,
+            )
+        if self.runtime.is_main:
+            if pictures:
+                found.images.update(draw_pictures(subject, found, self.data, self.path, self.recipe.evaluation.steps))
+            write_text(kept, found.model_dump_json(indent=1))
+        self.runtime.barrier()
+        return found
+
+
+def _build(recipe: DistillRecipe, spec: ArmSpec, teacher: Teacher, seed: int) -> Method:
+    tree = {**recipe.student.model_dump(mode="json"), **spec.student}
+    student = build_student(NetworkSpec.model_validate(tree), spec.method, teacher.denoiser, seed)
+    return build_method(spec.method, Setting(student, teacher.denoiser, teacher.curriculum))
+
+
+def _size(arm: Arm) -> int:
+    return sum(p.numel() for p in unwrap(arm.method.roles["student"]).parameters())
+
+
+def _images_for_equal_seconds(arms: list[Arm], reference: str, batch: int) -> dict[str, int]:
+    """Images for each arm that is clearly cheaper than the reference, so that it takes the reference's seconds."""
+    budget = next(arm.seconds for arm in arms if arm.name == reference)
+    return {
+        arm.name: round(arm.images * budget / arm.seconds / batch) * batch
+        for arm in arms
+        if arm.failed is None and 0 < arm.seconds < CHEAPER * budget
+    }

@@ -1,0 +1,119 @@
+"""From the words of a recipe to networks, methods and data; every impossible combination is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..data.batches import stream_seed
+from ..data.dataset import ImageData
+from ..data.sources import DataSplits
+from ..diffusion.prediction import PredictionType
+from ..diffusion.schedule import NoiseSchedule
+from ..errors import InputError
+from ..methods import METHODS, Curriculum, Method, Setting
+from ..models.adapters import FAMILIES
+from ..models.denoiser import Denoiser
+from ..models.folder import LoadedModel, load_model
+from ..models.lineage import Lineage
+from ..models.students import inherit
+from ..recipe import MethodSpec, NetworkSpec
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher as the jobs need it."""
+
+    denoiser: Denoiser
+    curriculum: Curriculum | None
+    lineage: Lineage | None
+    folder: Path | None
+    name: str = "teacher"
+
+
+def build_network(
+    spec: NetworkSpec, shape: tuple[int, int, int], num_classes: int, seed: int, field: str = "network"
+) -> nn.Module:
+    """A freshly initialised network, its weights a pure function of ``seed``.
+
+    Raises:
+        InputError: where the options do not fit each other or the images.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "init"))
+        try:
+            return FAMILIES[spec.family].build(sample_shape=shape, num_classes=num_classes, **spec.options)
+        except InputError:
+            raise
+        except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+            first = " ".join(str(error).split())[:300]
+            raise InputError(field, spec.options, first, problem="cannot be built") from None
+
+
+def build_denoiser(
+    spec: NetworkSpec,
+    shape: tuple[int, int, int],
+    num_classes: int,
+    schedule: NoiseSchedule,
+    prediction_type: PredictionType,
+    seed: int,
+    field: str = "network",
+) -> Denoiser:
+    network = build_network(spec, shape, num_classes, seed, field)
+    return Denoiser(network, schedule, num_classes, shape, prediction_type)
+
+
+def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed: int) -> Denoiser:
+    """A student of the teacher's kind of images, fresh or with inherited weights as the recipe or the method says."""
+    student = build_denoiser(
+        spec, teacher.sample_shape, teacher.num_classes, teacher.schedule, teacher.prediction_type, seed, "student"
+    )
+    init = spec.init or METHODS[method.name].init
+    if init != "fresh":
+        inherit(teacher.network, student.network, select="magnitude" if init == "magnitude" else "first")
+    return student
+
+
+def build_method(spec: MethodSpec, setting: Setting) -> Method:
+    return METHODS[spec.name](setting, spec.build_options())
+
+
+def open_teacher(model: str, name: str = "teacher") -> Teacher:
+    """A teacher from a model folder or hub id, frozen, with its curriculum where it has one."""
+    return as_teacher(load_model(model), name)
+
+
+def as_teacher(loaded: LoadedModel, name: str = "teacher") -> Teacher:
+    denoiser = loaded.denoiser.freeze()
+    curriculum = restore_curriculum(loaded.curriculum, loaded.curriculum_meta, denoiser.schedule)
+    return Teacher(denoiser, curriculum, loaded.lineage, loaded.folder, name)
+
+
+def restore_curriculum(
+    tensors: Mapping[str, Tensor] | None, meta: Mapping[str, str] | None, schedule: NoiseSchedule
+) -> Curriculum | None:
+    return None if tensors is None else Curriculum.from_table(tensors, meta or {}, schedule)
+
+
+def check_data(data: DataSplits, denoiser: Denoiser, whose: str = "teacher") -> None:
+    """The images must be what the model was made for.
+
+    Raises:
+        InputError: other image size, channels or number of classes.
+    """
+    if data.shape != denoiser.sample_shape:
+        c, h, _ = denoiser.sample_shape
+        mend = f"set data.size={h} and data.channels={c} to match the {whose}"
+        raise InputError("data", f"{data.shape[0]}x{data.shape[1]}x{data.shape[2]}", mend, problem="has another shape")
+    if data.num_classes != denoiser.num_classes:
+        mend = f"use data with the {whose}'s {denoiser.num_classes} classes"
+        raise InputError("data", f"{data.num_classes} classes", mend, problem="does not fit")
+
+
+def probe_data(data: DataSplits) -> ImageData:
+    """Where guidance is watched during training: the validation images, or the training images where there are none."""
+    return data.val if len(data.val) else data.train

@@ -1,0 +1,140 @@
+"""``diffstill distill``: a student from a teacher, which is trained first where the recipe says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..data.sources import DataSplits, load_data
+from ..engine.runtime import Runtime
+from ..errors import InputError
+from ..evaluation.guidance_fidelity import FidelityProbe
+from ..methods import METHODS, Method, Setting
+from ..models.denoiser import Denoiser
+from ..models.folder import load_model
+from ..recipe import DistillRecipe, TrainRecipe, load_recipe, resolved
+from ..report.receipt import Receipt, TrainingSummary
+from .build import Teacher, build_denoiser, build_method, build_student, check_data, open_teacher, probe_data
+from .finish import Subject, evaluator_for, finish_run
+from .folder import RunFolder
+from .stage import Planned, run_stage, summarise
+from .train import Finished, save_trained, train_teacher
+from .ui import Ui
+
+PROBE_PAIRS = 128
+
+
+def teacher_recipe(recipe: DistillRecipe) -> TrainRecipe | None:
+    """The recipe that makes the teacher, or None where it is a finished model.
+
+    Raises:
+        InputError: where it is no training recipe, or one for other data.
+    """
+    if recipe.teacher.recipe is None:
+        return None
+    made = load_recipe(recipe.teacher.recipe, recipe.teacher.overrides)
+    if not isinstance(made, TrainRecipe):
+        raise InputError(
+            "teacher.recipe", recipe.teacher.recipe, "name a recipe of kind: train", problem="trains no teacher"
+        )
+    if made.data != recipe.data:
+        raise InputError(
+            "data",
+            recipe.data.source,
+            f"use the teacher recipe's data ({made.data.source})",
+            problem="is not the teacher's",
+        )
+    return made
+
+
+def blank_teacher(recipe: DistillRecipe, data: DataSplits) -> Teacher:
+    """The teacher as far as it is known before it is trained: a finished model, or its recipe's untrained network."""
+    upstream = teacher_recipe(recipe)
+    if upstream is None:
+        return open_teacher(recipe.teacher.model or "")
+    denoiser = build_denoiser(
+        upstream.network,
+        data.shape,
+        data.num_classes,
+        upstream.schedule.build(),
+        upstream.prediction_type,
+        upstream.seed,
+        "teacher.network",
+    )
+    method = build_method(upstream.method, Setting(denoiser))
+    return Teacher(denoiser, getattr(method, "curriculum", None), None, None)
+
+
+def prepare_student(recipe: DistillRecipe, data: DataSplits, teacher: Teacher) -> tuple[Denoiser, Method]:
+    """Student and method. What can be refused (shapes, widths, schedules, options) is refused here, before a teacher is
+    trained or a file is written."""
+    check_data(data, teacher.denoiser)
+    student = build_student(recipe.student, recipe.method, teacher.denoiser, recipe.seed)
+    return student, build_method(recipe.method, Setting(student, teacher.denoiser, teacher.curriculum))
+
+
+def obtain_teacher(
+    recipe: DistillRecipe, data: DataSplits, folder: RunFolder, runtime: Runtime, ui: Ui
+) -> tuple[Teacher, list[TrainingSummary]]:
+    """The teacher: opened, or trained into ``<run>/teacher`` by its own recipe."""
+    upstream = teacher_recipe(recipe)
+    if upstream is None:
+        teacher = open_teacher(recipe.teacher.model or "")
+        teacher.denoiser.network.to(runtime.device)
+        return teacher, []
+    teacher, summary = train_teacher(
+        upstream, data, folder.path / "stages" / "teacher", folder.path / "teacher", runtime, ui
+    )
+    return teacher, [summary]
+
+
+def distill(
+    recipe: DistillRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bool = False, kind: str = "distill"
+) -> Finished:
+    """A whole ``diffstill distill``: teacher where needed, student, evaluation of both, receipt, report.
+
+    Raises:
+        InputError: data, networks or folder that do not fit, before anything is written.
+        RunFailed, Interrupted: see ``Trainer.run``.
+    """
+    data = load_data(recipe.data)
+    prepare_student(recipe, data, blank_teacher(recipe, data))
+    folder = RunFolder(out, resolved(recipe), fresh=fresh, write=runtime.is_main)
+    runtime.barrier()
+    if folder.receipt.exists():
+        return Finished(out, Receipt.load(folder.receipt), already=True)
+    evaluator = evaluator_for(recipe.evaluation, data, runtime, ui)
+    teacher, summaries = obtain_teacher(recipe, data, folder, runtime, ui)
+    _, method = prepare_student(recipe, data, teacher)
+    probe = None
+    if METHODS[recipe.method.name].guided:
+        probe = FidelityProbe(teacher.denoiser, probe_data(data), pairs=PROBE_PAIRS, seed=recipe.seed)
+    trainer = run_stage(
+        [Planned(recipe.name, method)],
+        title=f"distill {recipe.name}",
+        data=data,
+        flip=recipe.data.flip,
+        settings=recipe.training,
+        seed=recipe.seed,
+        runtime=runtime,
+        run_dir=out,
+        ui=ui,
+        teacher=teacher.denoiser,
+        probe=probe,
+    )
+    arm = trainer.arms[0]
+    if runtime.is_main:
+        save_trained(
+            folder.model, arm.student, method, recipe=recipe, data=data, images=arm.images, teacher=teacher.lineage
+        )
+    runtime.barrier()
+    summaries.append(summarise(trainer, arm, recipe.name, "log.jsonl"))
+    loaded = load_model(folder.model, runtime.device)
+    subjects = [
+        Subject("teacher", teacher.denoiser, teacher.lineage.method if teacher.lineage else "", teacher.folder),
+        Subject("student", loaded.denoiser, method.name, folder.model, guided=method.guided),
+    ]
+    receipt = finish_run(
+        kind, recipe, data, folder, subjects, summaries, evaluator=evaluator, runtime=runtime, ui=ui,
+        warnings=trainer.warnings,
+    )  # fmt: skip
+    return Finished(out, receipt)

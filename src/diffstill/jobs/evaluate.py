@@ -1,0 +1,171 @@
+"""``diffstill eval`` and ``diffstill sample``: models that exist already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..data.sources import DataSpec, load_data
+from ..diffusion.guidance import GuidanceSchedule, parse_guidance
+from ..diffusion.sampling import ClipMode
+from ..engine.runtime import Runtime
+from ..errors import InputError, RunFailed
+from ..evaluation.sampling import sample_images
+from ..models.folder import LoadedModel, load_model
+from ..recipe import EvaluationSpec, override_section, parse_recipe
+from ..report.page import write_report
+from ..report.pictures import grid, save_png
+from ..report.receipt import Receipt, environment
+from .build import as_teacher, check_data
+from .finish import Subject, ancestry, describe_data, draw_pictures, evaluate_subjects, evaluator_for
+from .train import Finished
+from .ui import Ui
+
+
+def guidance_of(text: str | None, model: LoadedModel) -> GuidanceSchedule:
+    """The asked guidance, or the model's own default.
+
+    Raises:
+        InputError: text that is no guidance, or a scale for a model whose guidance is not live.
+    """
+    try:
+        made = parse_guidance(text if text is not None else model.default_guidance)
+    except ValueError as error:
+        raise InputError("guidance", text, str(error)) from None
+    if not model.guided and text is not None and text != "1":
+        raise InputError("guidance", text, "leave it out", problem="cannot be set: this model has one scale baked in")
+    return made
+
+
+def parse_labels(text: str | None, class_names: Sequence[str]) -> list[int] | None:
+    """``"0,1,2"`` or class names, comma-separated."""
+    if text is None:
+        return None
+    found = []
+    for word in (part.strip() for part in text.split(",")):
+        if word in class_names:
+            found.append(class_names.index(word))
+        elif word.lstrip("-").isdigit() and 0 <= int(word) < len(class_names):
+            found.append(int(word))
+        else:
+            shown = ", ".join(class_names[:10]) + ("..." if len(class_names) > 10 else "")
+            raise InputError("labels", word, f"use 0..{len(class_names) - 1} or names: {shown}")
+    return found
+
+
+def sample(
+    source: str,
+    out: Path,
+    runtime: Runtime,
+    ui: Ui,
+    *,
+    guidance: str | None = None,
+    steps: int = 50,
+    labels: str | None = None,
+    count: int | None = None,
+    seed: int = 0,
+    clip: ClipMode = "recompute",
+    batch_size: int = 256,
+) -> Path:
+    """Draws images into one PNG grid (``out`` ends in .png), or one PNG an image (``out`` is a folder)."""
+    model = load_model(source, runtime.device)
+    scale = guidance_of(guidance, model)
+    wanted = parse_labels(labels, model.class_names)
+    if seed < 0:
+        raise InputError("seed", seed, "use 0 or a greater whole number")
+    per_row = 8
+    if wanted is None:
+        classes = torch.arange(len(model.class_names))
+        wanted = (torch.arange(count) % len(classes) if count else classes.repeat_interleave(per_row)).tolist()
+    elif count:
+        wanted = (wanted * count)[:count]
+    if not wanted:
+        raise InputError("n", count, "ask for one image or more")
+    with ui.bar("sample", len(wanted)) as bar:
+        images = sample_images(
+            model.denoiser,
+            len(wanted),
+            guidance=scale,
+            steps=steps,
+            seed=seed,
+            batch_size=batch_size,
+            clip=clip,
+            labels=torch.tensor(wanted),
+            guided=model.guided,
+            progress=bar.update,
+        )
+    try:
+        if out.suffix.lower() == ".png":
+            out.parent.mkdir(parents=True, exist_ok=True)
+            save_png(grid(images, min(per_row, len(images))), out)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            for number, (image, label) in enumerate(zip(images, wanted, strict=True)):
+                save_png(grid(image[None], 1, factor=1), out / f"{number:06d}-{model.class_names[label]}.png")
+    except OSError as error:
+        raise RunFailed(f"cannot write {out}: {error}") from error
+    return out
+
+
+def evaluate(
+    source: str,
+    out: Path,
+    runtime: Runtime,
+    ui: Ui,
+    *,
+    teacher: str | None = None,
+    data: str | None = None,
+    spec: EvaluationSpec | None = None,
+) -> Finished:
+    """Measures a model (against its teacher, where one is named) and writes a receipt and a report.
+
+    Without ``data`` and ``spec``, the data and protocol of the model's own recipe are used.
+    """
+    model = load_model(source, runtime.device)
+    recipe = parse_recipe(model.lineage.recipe) if model.lineage and model.lineage.recipe else None
+    if data is None and recipe is None:
+        raise InputError("data", None, "name it with --data, e.g. --data digits", problem="is not known from the model")
+    data_spec = DataSpec.parse(data) if data is not None else recipe.data  # type: ignore[union-attr]
+    spec = spec or (recipe.evaluation if recipe else EvaluationSpec())
+    splits = load_data(data_spec)
+    check_data(splits, model.denoiser, "model")
+    name = model.lineage.name if model.lineage else model.folder.name
+    method = model.lineage.method if model.lineage else ""
+    subjects = [Subject("student" if teacher else "model", model.denoiser, method, model.folder, model.guided)]
+    if teacher is not None:
+        loaded = load_model(teacher, runtime.device)
+        check_data(splits, loaded.denoiser)
+        made = as_teacher(loaded)
+        made_method = loaded.lineage.method if loaded.lineage else ""
+        subjects.insert(0, Subject("teacher", made.denoiser, made_method, loaded.folder))
+    evaluator = evaluator_for(spec, splits, runtime, ui)
+    models = evaluate_subjects(subjects, evaluator, ui)
+    receipt = Receipt(
+        kind="eval",
+        name=name,
+        recipe=recipe.model_dump(mode="json") if recipe else {},
+        seed=recipe.seed if recipe else 0,
+        environment=environment(runtime.device),
+        data=describe_data(splits),
+        protocol=evaluator.protocol,
+        models=models,
+        lineage=ancestry([s.folder for s in subjects if s.folder]),
+    )
+    if runtime.is_main:
+        for subject in subjects:
+            models[subject.role].images.update(draw_pictures(subject, models[subject.role], splits, out, spec.steps))
+        write_report(receipt, out, out / "report.html")
+        receipt.save(out / "receipt.json")
+    runtime.barrier()
+    return Finished(out, receipt)
+
+
+def protocol_of(source: str, overrides: Sequence[str]) -> EvaluationSpec | None:
+    """The protocol asked for on the command line (``samples=5000 steps=20``), over the model's own; None: its own."""
+    if not overrides:
+        return None
+    model = load_model(source)
+    own = parse_recipe(model.lineage.recipe).evaluation if model.lineage and model.lineage.recipe else EvaluationSpec()
+    return override_section(own, overrides, "evaluation")

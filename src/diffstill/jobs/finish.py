@@ -1,0 +1,222 @@
+"""After the training: evaluation, pictures, receipt, report and the model card's figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.sources import DataSplits
+from ..diffusion.guidance import parse_guidance
+from ..engine.runtime import Runtime
+from ..evaluation.features import make_extractor
+from ..evaluation.protocol import EvalSettings, Evaluator
+from ..evaluation.results import ModelEvaluation
+from ..evaluation.sampling import sample_images
+from ..models.denoiser import Denoiser
+from ..models.folder import load_model, save_model
+from ..models.lineage import weights_sha256
+from ..recipe import EvaluationSpec, resolved
+from ..report.page import write_report
+from ..report.pictures import class_grid, grid, save_png
+from ..report.receipt import Ancestor, DataSummary, Receipt, TrainingSummary, environment
+from .folder import RunFolder
+from .ui import Ui
+
+GRID_PER_CLASS = 8
+SWEEP_IMAGES = 10
+GRID_SEED = 12345
+"""Pictures come from their own noise stream, the same for every model."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate, under its role."""
+
+    role: str
+    denoiser: Denoiser
+    method: str
+    folder: Path | None
+    guided: bool = True
+
+
+def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime, ui: Ui) -> Evaluator:
+    """The evaluator of a recipe's protocol; made before training, so that a missing extractor is said at once."""
+    extractor = make_extractor(spec.extractor, data, device=runtime.device)
+    settings = EvalSettings(
+        samples=spec.samples,
+        steps=spec.steps,
+        guidance=spec.guidance,
+        seeds=spec.seeds,
+        pairs=spec.pairs,
+        clip=spec.clip,
+        batch_size=spec.batch_size,
+    )
+    return Evaluator(data, extractor, settings)
+
+
+def evaluate_subjects(
+    subjects: Sequence[Subject], evaluator: Evaluator, ui: Ui, *, cost: bool = True
+) -> dict[str, ModelEvaluation]:
+    """Every subject under one protocol; fidelity against the subject called ``teacher``."""
+    teacher = next((s.denoiser for s in subjects if s.role == "teacher"), None)
+    found: dict[str, ModelEvaluation] = {}
+    for subject in subjects:
+        with ui.bar(f"evaluate {subject.role}", 1.0) as bar:
+            found[subject.role] = evaluator.evaluate(
+                subject.denoiser,
+                subject.role,
+                subject.method,
+                teacher=None if subject.role == "teacher" else teacher,
+                guided=subject.guided,
+                cost=cost,
+                progress=bar.update,
+            ).model_copy(update={"sha256": weights_sha256(subject.denoiser.network)})
+    return found
+
+
+def finish_run(
+    kind: Any,
+    recipe: Any,
+    data: DataSplits,
+    folder: RunFolder,
+    subjects: Sequence[Subject],
+    summaries: list[TrainingSummary],
+    *,
+    evaluator: Evaluator,
+    runtime: Runtime,
+    ui: Ui,
+    warnings: Sequence[str] = (),
+) -> Receipt:
+    """Evaluates, draws, writes ``report.html`` and ``receipt.json``; the receipt last, as the mark of a whole run."""
+    models = evaluate_subjects(subjects, evaluator, ui)
+    receipt = Receipt(
+        kind=kind,
+        name=recipe.name,
+        recipe=resolved(recipe),
+        seed=recipe.seed,
+        environment=environment(runtime.device),
+        data=describe_data(data),
+        protocol=evaluator.protocol,
+        models=models,
+        lineage=ancestry([s.folder for s in subjects if s.folder]),
+        training=summaries,
+        warnings=list(warnings),
+    )
+    if runtime.is_main:
+        for subject in subjects:
+            evaluation = models[subject.role]
+            evaluation.images.update(draw_pictures(subject, evaluation, data, folder.path, recipe.evaluation.steps))
+            if subject.folder and subject.folder.parent == folder.path:
+                refresh_card(subject.folder, evaluation, folder.path, recipe.evaluation.default_guidance)
+        write_report(receipt, folder.path, folder.report)
+        receipt.save(folder.receipt)
+    runtime.barrier()
+    return receipt
+
+
+def describe_data(data: DataSplits) -> DataSummary:
+    return DataSummary(
+        name=data.name,
+        fingerprint=data.fingerprint(),
+        splits={"train": len(data.train), "val": len(data.val), "test": len(data.test)},
+        shape=data.shape,
+        classes=list(data.class_names),
+    )
+
+
+def draw_pictures(
+    subject: Subject, evaluation: ModelEvaluation, data: DataSplits, run_dir: Path, steps: int
+) -> dict[str, str]:
+    """Grids from the same noise for every model: one at the model's best scale, one a sweep point."""
+    images: dict[str, str] = {}
+    classes = data.num_classes
+    best = evaluation.best.guidance if evaluation.best else "2"
+
+    def picture(guidance: str, labels: torch.Tensor) -> torch.Tensor:
+        return sample_images(
+            subject.denoiser,
+            len(labels),
+            guidance=parse_guidance(guidance),
+            steps=steps,
+            seed=GRID_SEED,
+            labels=labels,
+            guided=subject.guided,
+        )
+
+    shown = min(classes, 20)
+    labels = torch.arange(shown).repeat_interleave(GRID_PER_CLASS)
+    drawn = picture(best, labels)
+    path = run_dir / "pictures" / f"{subject.role}-grid.png"
+    save_png(class_grid(drawn, labels, data.class_names, GRID_PER_CLASS), path)
+    images["grid"] = str(path.relative_to(run_dir))
+    row = torch.arange(SWEEP_IMAGES) % classes
+    for point in evaluation.sweep:
+        file = run_dir / "pictures" / f"{subject.role}-{point.guidance.replace(':', '_').replace(',', '_')}.png"
+        save_png(grid(picture(point.guidance, row), SWEEP_IMAGES), file)
+        images[f"sweep:{point.guidance}"] = str(file.relative_to(run_dir))
+    return images
+
+
+def refresh_card(folder: Path, evaluation: ModelEvaluation, run_dir: Path, default_guidance: str | None) -> None:
+    """Writes the model folder again with its best scale as the pipeline's default, its figures and its picture."""
+    loaded = load_model(folder)
+    assert loaded.lineage is not None
+    best = evaluation.best
+    figures: dict[str, object] = {}
+    if best is not None:
+        figures = {"best guidance": best.guidance, "Frechet distance": best.fd.value}
+        if best.class_agreement is not None:
+            figures["class agreement"] = best.class_agreement.value
+    if evaluation.fidelity is not None:
+        overall = evaluation.fidelity.overall
+        figures |= {"gap ratio": overall.ratio.value, "gap cosine": overall.cosine.value}
+    save_model(
+        loaded.denoiser,
+        folder,
+        lineage=loaded.lineage,
+        class_names=loaded.class_names,
+        guided=loaded.guided,
+        default_guidance=default_guidance or (best.guidance if best else loaded.default_guidance),
+        curriculum=loaded.curriculum,
+        curriculum_meta=loaded.curriculum_meta,
+        card_images=run_dir / evaluation.images["grid"],
+        figures=figures,
+    )
+
+
+def ancestry(folders: Sequence[Path]) -> list[Ancestor]:
+    """The chain of models behind these folders, oldest first."""
+    found: dict[str, Ancestor] = {}
+    for folder in folders:
+        lineage = load_model(folder).lineage
+        if lineage is None:
+            continue
+        older = lineage.teacher
+        chain: list[Ancestor] = []
+        while older is not None:
+            parent = older.teacher.name if older.teacher else None
+            chain.append(
+                Ancestor(
+                    name=older.name,
+                    method=older.method,
+                    recipe_sha256=older.recipe_sha256,
+                    weights_sha256=older.weights_sha256,
+                    parent=parent,
+                )
+            )
+            older = older.teacher
+        for ancestor in reversed(chain):
+            found.setdefault(ancestor.weights_sha256, ancestor)
+        found[lineage.weights_sha256] = Ancestor(
+            name=lineage.name,
+            method=lineage.method,
+            recipe_sha256=lineage.recipe_sha256,
+            data_fingerprint=lineage.data.fingerprint if lineage.data else "",
+            weights_sha256=lineage.weights_sha256,
+            parent=lineage.teacher.name if lineage.teacher else None,
+        )
+    return list(found.values())

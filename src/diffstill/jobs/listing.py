@@ -1,0 +1,38 @@
+"""``diffstill list``."""
+
+from __future__ import annotations
+
+import yaml
+
+from ..methods import METHODS
+from ..recipe import builtin_recipes
+
+DATA = [
+    ("digits", "scikit-learn's 1,797 grey 8x8 digits, embedded, offline"),
+    ("folder:PATH", "images in one sub-folder a class (optionally train/, val/, test/ above)"),
+    ("npz:PATH", "uint8 images (NHWC, NCHW or NHW) and labels; several files by comma or glob"),
+    ("parquet:PATH", "encoded images and labels (extra [parquet])"),
+    ("hub:NAME", "a data set of the hub through `datasets` (extra [data])"),
+]
+METRICS = [
+    ("fd", "Frechet distance in an extractor's features (FD-<data>; FID only for the 2015-12-05 Inception)"),
+    ("kid", "kernel distance, polynomial kernel of degree 3, unbiased"),
+    ("precision, recall", "improved precision and recall, k = 3"),
+    ("class_agreement", "share of samples that the data set's classifier gives the label asked for"),
+    ("ratio, cosine, gap_mse", "guidance fidelity: the student's gap against the teacher's at the same (x_t, t, y)"),
+    ("cond_mse, null_mse, best_rescale", "each branch against the teacher's; the best scalar correction of the gap"),
+    ("parameters, flops, nfe, latency, memory", "cost"),
+]
+
+
+def listing(what: str) -> list[tuple[str, str]]:
+    """(name, one line) of each."""
+    if what == "recipes":
+        found = []
+        for name, text in builtin_recipes().items():
+            tree = yaml.safe_load(text)
+            found.append((name, str(tree.get("description", ""))))
+        return found
+    if what == "methods":
+        return [(name, method.summary) for name, method in METHODS.items()]
+    return DATA if what == "data" else METRICS
