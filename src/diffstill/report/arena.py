@@ -1,0 +1,186 @@
+"""The arena: several methods, the same teacher, data, steps and seeds; means with intervals over training seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import fmean, stdev
+from typing import Any, Literal
+
+from pydantic import Field
+from scipy.stats import t as student_t
+
+from ..evaluation.results import Estimate, ModelEvaluation, Protocol, Result
+from . import words
+from .receipt import DataSummary, Document, Environment
+
+Budget = Literal["equal_steps", "equal_seconds"]
+
+
+class ArmSeed(Result):
+    """One training of one arm."""
+
+    seed: int
+    steps: int
+    images_seen: int
+    seconds: float = Field(description="own training time and the share of the teacher passes it needs")
+    evaluation: ModelEvaluation
+    budget: Budget = "equal_steps"
+    collapse_alarm: bool = Field(False, description="the gap ratio fell under 0.5 while training")
+
+
+class ArenaArm(Result):
+    """One method, trained from several seeds."""
+
+    name: str
+    method: str
+    label: str
+    parameters: int
+    seeds: list[ArmSeed]
+
+    def at(self, budget: Budget) -> list[ArmSeed]:
+        return [seed for seed in self.seeds if seed.budget == budget]
+
+    def mean(self, metric: Metric, budget: Budget = "equal_steps") -> Estimate:
+        """Mean and t-interval over the seeds; no value where a seed has none (a diverged seed is not dropped)."""
+        return t_interval([metric(seed) for seed in self.at(budget)])
+
+
+Metric = Callable[[ArmSeed], "float | None"]
+
+
+def best_fd(seed: ArmSeed) -> float | None:
+    """The lowest Frechet distance of the seed's own sweep."""
+    best = seed.evaluation.best
+    return best.fd.value if best else None
+
+
+def fd_at(guidance: str) -> Metric:
+    """The Frechet distance at one guidance setting."""
+
+    def metric(seed: ArmSeed) -> float | None:
+        return next((p.fd.value for p in seed.evaluation.sweep if p.guidance == guidance), None)
+
+    return metric
+
+
+def fidelity(part: str, factor: float = 1.0) -> Metric:
+    """``ratio``, ``cosine``, ``gap_mse``, ``cond_mse``, ``null_mse`` or ``best_rescale`` over all held-out pairs,
+    times ``factor``."""
+
+    def metric(seed: ArmSeed) -> float | None:
+        found = seed.evaluation.fidelity
+        if found is None:
+            return None
+        value: Estimate = getattr(found.overall, part)
+        return None if value.value is None else factor * value.value
+
+    return metric
+
+
+def seconds(seed: ArmSeed) -> float | None:
+    """Training time with its share of the teacher passes."""
+    return seed.seconds
+
+
+def t_interval(values: Sequence[float | None], level: float = 0.95) -> Estimate:
+    """Mean and ``mean +/- t_{n-1} s / sqrt(n)`` (Student's t, s with n - 1).
+
+    One value has no interval. No value at all, or one that is missing or not finite, gives no mean.
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known or len(known) < len(values):
+        return Estimate(value=None, level=level)
+    mean = fmean(known)
+    if len(known) == 1:
+        return Estimate(value=mean, level=level)
+    half = float(student_t.ppf((1 + level) / 2, len(known) - 1)) * stdev(known) / math.sqrt(len(known))
+    return Estimate(value=mean, low=mean - half, high=mean + half, level=level)
+
+
+class ArenaResult(Document):
+    """``arena.json``: what the arms reached, seed by seed."""
+
+    file_name = "arena.json"
+
+    schema_id: Literal["diffstill-arena/1"] = "diffstill-arena/1"
+    recipe: dict[str, Any] = {}
+    data: DataSummary
+    environment: Environment
+    protocol: Protocol
+    teacher: ModelEvaluation
+    arms: list[ArenaArm]
+    reference: str = Field("dash", description="name of the arm that paired differences are taken against")
+    notes: list[str] = []
+
+    def arm(self, name: str) -> ArenaArm | None:
+        return next((arm for arm in self.arms if arm.name == name), None)
+
+    def budgets(self) -> list[Budget]:
+        """The budgets at which anything was run, equal steps first."""
+        known: tuple[Budget, ...] = ("equal_steps", "equal_seconds")
+        return [budget for budget in known if any(arm.at(budget) for arm in self.arms)]
+
+    def ranked(self, budget: Budget = "equal_steps", metric: Metric = best_fd) -> list[ArenaArm]:
+        """The arms that ran at ``budget``, lowest mean first, arms without a mean last."""
+
+        def key(arm: ArenaArm) -> tuple[bool, float, str]:
+            value = arm.mean(metric, budget).value
+            return value is None, value or 0.0, arm.name
+
+        return sorted((arm for arm in self.arms if arm.at(budget)), key=key)
+
+    def paired(self, arm: ArenaArm, metric: Metric, budget: Budget = "equal_steps") -> Estimate | None:
+        """Mean of ``arm - reference`` over the seeds both ran, with its t-interval; None for the reference itself.
+
+        Pairing by seed removes what the seeds share (data order, noise, initialisation of equal networks).
+        """
+        reference = self.arm(self.reference)
+        if reference is None or reference.name == arm.name:
+            return None
+        base = {seed.seed: metric(seed) for seed in reference.at(budget)}
+        pairs = [(metric(seed), base[seed.seed]) for seed in arm.at(budget) if seed.seed in base]
+        if not pairs:
+            return None
+        return t_interval([None if a is None or b is None else a - b for a, b in pairs])
+
+
+COLUMNS: tuple[tuple[str, Metric], ...] = (
+    ("gap ratio", fidelity("ratio")),
+    ("cosine", fidelity("cosine")),
+    ("gap MSE \u00d7\u202f1000", fidelity("gap_mse", 1000)),
+    ("cond MSE \u00d7\u202f1000", fidelity("cond_mse", 1000)),
+    ("null MSE \u00d7\u202f1000", fidelity("null_mse", 1000)),
+)
+"""Fidelity columns of every arena table, in order."""
+
+
+def rows(arena: ArenaResult, budget: Budget = "equal_steps") -> tuple[list[str], list[list[str]]]:
+    """(header, rows of formatted cells) of the arena's table, the teacher first, then the arms from best to worst."""
+    metric, best = arena.protocol.extractor.name, arena.teacher.best
+    header = ["model", "parameters", "seeds \u00d7 steps", "training", f"best {metric}", "at"]
+    header += [f"\u0394 {arena.reference}", *(name for name, _ in COLUMNS)]
+    size = words.count(arena.teacher.cost.parameters) if arena.teacher.cost else words.MISSING
+    fd, at = (words.estimate(best.fd), words.short_guidance(best.guidance)) if best else (words.MISSING,) * 2
+    body = [["Teacher", size, "", "", fd, at, "", "1", "1", "0", "0", "0"]]
+    for arm in arena.ranked(budget):
+        ran = arm.at(budget)
+        points = [seed.evaluation.best for seed in ran]
+        at = ", ".join(dict.fromkeys(words.short_guidance(point.guidance) for point in points if point))
+        steps = " ".join(dict.fromkeys(words.count(seed.steps) for seed in ran))
+        body.append(
+            [arm.label, words.count(arm.parameters), f"{len(ran)} \u00d7 {steps}"]
+            + [words.seconds(arm.mean(seconds, budget).value)]
+            + [words.estimate(arm.mean(best_fd, budget)), at or words.MISSING]
+            + [words.estimate(arena.paired(arm, best_fd, budget), signed=True)]
+            + [words.estimate(arm.mean(metric, budget)) for _, metric in COLUMNS]
+        )
+    return header, body
+
+
+def markdown_table(arena: ArenaResult, budget: Budget = "equal_steps") -> str:
+    """The arena's table as GitHub Markdown, for the documentation."""
+    header, body = rows(arena, budget)
+    align = [":--"] + ["--:"] * (len(header) - 1)
+    lines = [header, align, *body]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)

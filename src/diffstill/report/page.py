@@ -1,0 +1,216 @@
+"""The pages: one run, several runs, an arena. Each is one self-contained HTML file without scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from .. import __version__
+from ..evaluation.results import Estimate, ModelEvaluation
+from . import arena_views, compare, curves, plots, views, words
+from .arena import ArenaResult
+from .receipt import Receipt, write_text
+
+ROOM = Path(__file__).parent
+
+
+@cache
+def _templates() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(ROOM),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _write(template: str, out: str | Path, title: str, **content: Any) -> Path:
+    css = Markup((ROOM / "style.css").read_text(encoding="utf-8"))
+    html = _templates().get_template(template).render(title=title, css=css, version=__version__, **content)
+    write_text(Path(out), html)
+    return Path(out)
+
+
+def _yaml(recipe: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True) if recipe else ""
+
+
+def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path:
+    """Write the page of one run.
+
+    Args:
+        receipt: what was measured; parts that are missing leave their section out.
+        run_dir: where the receipt's pictures and logs lie.
+        out: the HTML file.
+
+    A model's picture ``grid`` shows samples at its best guidance, a row a class; ``sweep:<guidance>`` a few samples at
+    that setting. All models and settings are to start from the same noise.
+    """
+    run_dir, models = Path(run_dir), receipt.models
+    metric = receipt.protocol.extractor.name if receipt.protocol else "FD"
+    columns, sweep_rows = views.sweep_pictures(models, run_dir)
+    grids = [
+        (role, views.picture(run_dir, m.images.get("grid"), f"samples of the {role}")) for role, m in models.items()
+    ]
+    fidelities = {role: m.fidelity for role, m in models.items() if m.fidelity is not None}
+    subject = receipt.subject
+    teacher = receipt.teacher.cost if receipt.teacher else None
+    student = subject[1].cost if subject and subject[0] != "teacher" else None
+    logs = [(t, curves.read_log(_inside(run_dir, t.curve), t.name)) for t in receipt.training]
+    bins = [
+        views.fidelity_table(f"Guidance fidelity of the {role}", chain([f.overall], f.by_timestep, f.by_class))
+        for role, f in fidelities.items()
+    ]
+    details = [
+        ("Data", views.data_facts(receipt.data)),
+        ("Environment", views.environment_facts(receipt.environment)),
+    ]
+    if receipt.protocol is not None:
+        details.insert(0, ("Protocol", views.protocol_facts(receipt.protocol)))
+    return _write(
+        "page.html.j2",
+        out,
+        receipt.name,
+        receipt=receipt,
+        kicker=f"{receipt.kind} \u00b7 {receipt.data.name} \u00b7 seed {receipt.seed} \u00b7 {receipt.created[:10]}",
+        verdict=words.verdict(receipt),
+        tone=words.guidance_state(subject[1].fidelity)[0] if subject and subject[1].fidelity else "",
+        tiles=views.tiles(receipt),
+        grids=[(role, found) for role, found in grids if found],
+        sweep_columns=columns,
+        sweep_rows=sweep_rows,
+        wide=any(p.width > 2 * p.height for _, row in sweep_rows for p in row if p),
+        sweep_plots=_sweep_plots(models, receipt, metric),
+        sweep_caption=f"{metric}: Frechet distance between samples and the reference images; lower is better. "
+        "Whiskers: 95\u202f% intervals.",
+        fidelity_plots=[
+            plots.fidelity_bins(fidelities, "ratio", "Gap ratio by timestep"),
+            plots.fidelity_bins(fidelities, "cosine", "Gap cosine by timestep"),
+            plots.fidelity_bins(fidelities, "ratio", "Gap ratio by class", by="class"),
+            plots.fidelity_bins(fidelities, "cosine", "Gap cosine by class", by="class"),
+        ],
+        cost_plots=[plots.cost_bars(teacher, student), plots.frontier(_costs(models), f"Best {metric} against cost")]
+        if teacher and student
+        else [],
+        training_plots=[curves.loss_curves(log.losses, f"Loss: {t.name} ({t.method})") for t, log in logs]
+        + [curves.probe_curves(log.probe, f"Guidance while training: {t.name}") for t, log in logs]
+        + [plots.curriculum({t.name: t.curriculum for t in receipt.training})],
+        tables=[
+            views.sweep_table(models, metric),
+            *bins,
+            views.cost_table(models),
+            views.training_table(receipt),
+            views.lineage_table(receipt),
+        ],
+        details=details,
+        recipe=_yaml(receipt.recipe),
+    )
+
+
+def _inside(run_dir: Path, relative: str | None) -> Path:
+    """``relative`` within the run folder; the folder itself (no file) where it leads elsewhere."""
+    path = (run_dir / (relative or "")).resolve()
+    return path if path.is_relative_to(run_dir.resolve()) else run_dir
+
+
+def _costs(models: Mapping[str, ModelEvaluation]) -> dict[str, tuple[float, Estimate]]:
+    return {name: (m.cost.flops_image, m.best.fd) for name, m in models.items() if m.cost and m.best}
+
+
+def _sweep_plots(models: Mapping[str, ModelEvaluation], receipt: Receipt, metric: str) -> list[Markup | None]:
+    floor = receipt.protocol.floor if receipt.protocol else None
+    return [
+        plots.sweep(models, "fd", f"{metric} over guidance", floor),
+        plots.sweep(models, "class_agreement", "Class agreement over guidance"),
+    ]
+
+
+def write_comparison(receipts: Sequence[tuple[str | Path, Receipt]], out: str | Path) -> Path:
+    """Write one page that compares runs.
+
+    Args:
+        receipts: (run folder or receipt file, receipt), two or more.
+        out: the HTML file.
+
+    Raises:
+        InputError: fewer than two, or distances from different extractors or references. Other differences of
+            protocol are warned of at the top of the page.
+    """
+    runs = compare.named_runs(receipts)
+    warnings = compare.comparability(runs)
+    models = compare.teachers(runs) | {run.name: run.model for run in runs if run.model is not None}
+    teachers = frozenset(compare.teachers(runs))
+    protocol = next((run.receipt.protocol for run in runs if run.receipt.protocol), None)
+    metric, floor = (protocol.extractor.name, protocol.floor) if protocol else ("FD", None)
+    table = compare.verdict_table(models, metric)
+    fidelities = {name: m.fidelity for name, m in models.items() if m.fidelity is not None}
+    grids = [(run.name, run.model.images.get("grid") if run.model else None, run.folder) for run in runs]
+    pictures = [(name, views.picture(folder, path, f"samples of {name}")) for name, path, folder in grids]
+    return _write(
+        "compare.html.j2",
+        out,
+        " \u00b7 ".join(run.name for run in runs),
+        warnings=warnings,
+        lead=compare.lead(runs, metric),
+        table=table,
+        grids=[(name, found) for name, found in pictures if found],
+        quality_plots=[
+            plots.sweep(models, "fd", f"{metric} over guidance", floor),
+            plots.sweep(models, "class_agreement", "Class agreement over guidance"),
+            plots.frontier(_costs(models), f"Best {metric} against cost", teachers),
+        ],
+        fidelity_plots=[
+            plots.fidelity_bins(fidelities, "ratio", "Gap ratio by timestep"),
+            plots.fidelity_bins(fidelities, "cosine", "Gap cosine by timestep"),
+        ],
+        runs=[
+            {"name": run.name, "verdict": " ".join(words.verdict(run.receipt)), "facts": _facts(run.receipt)}
+            for run in runs
+        ],
+    )
+
+
+def _facts(receipt: Receipt) -> list[tuple[str, str]]:
+    protocol = views.protocol_facts(receipt.protocol) if receipt.protocol else []
+    return [*protocol, *views.data_facts(receipt.data), *views.environment_facts(receipt.environment)]
+
+
+def write_arena(arena: ArenaResult, out: str | Path, run_dir: str | Path | None = None) -> Path:
+    """Write the page of an arena; its pictures lie in ``run_dir``, by default beside the page."""
+    folder, metric = Path(run_dir) if run_dir else Path(out).parent, arena.protocol.extractor.name
+    reference = arena.arm(arena.reference)
+    settings, strips = arena_views.strips(arena, folder)
+    seeds = max((len(arm.at(budget)) for arm in arena.arms for budget in arena.budgets()), default=0)
+    return _write(
+        "arena.html.j2",
+        out,
+        f"Arena: {len(arena.arms)} ways to a smaller student",
+        kicker=f"arena \u00b7 {arena.data.name} \u00b7 up to {seeds} training seeds an arm",
+        lead=arena_views.lead(arena),
+        warnings=[
+            f"{arm.label}: the gap ratio fell under 0.5 in {alarms} of {len(arm.seeds)} trainings."
+            for arm in arena.arms
+            if (alarms := sum(seed.collapse_alarm for seed in arm.seeds))
+        ],
+        metric=metric,
+        own=reference.label if reference else None,
+        budgets=[arena_views.section(arena, budget) for budget in arena.budgets()],
+        settings=settings,
+        strips=strips,
+        paper=arena_views.PAPER,
+        notes=arena.notes,
+        details=[
+            ("Protocol", views.protocol_facts(arena.protocol)),
+            ("Data", views.data_facts(arena.data)),
+            ("Environment", views.environment_facts(arena.environment)),
+        ],
+        recipe=_yaml(arena.recipe),
+    )

@@ -1,0 +1,210 @@
+"""Numbers as a person reads them, and the verdict: a receipt in two or three plain sentences."""
+
+from __future__ import annotations
+
+import math
+
+from ..diffusion.guidance import TAG, Interval, parse_guidance
+from ..evaluation.results import Estimate, Fidelity, ModelEvaluation
+from .receipt import Receipt
+
+THIN = "\u2009"
+MISSING = "\u2013"
+
+# What the verdict calls a live dial. Under 0.5 the evaluation itself raises `collapsed` (dash.md 5.1). A ratio says
+# nothing where the gap points elsewhere (an untrained null row: ratio 3.9, cosine 0.26), so the cosine is asked first.
+DIRECTION_LOST, WEAK, EXAGGERATED = 0.5, 0.8, 1.25
+
+
+def number(value: float | None, digits: int = 3, *, signed: bool = False) -> str:
+    """``digits`` significant digits, thousands apart: 12.9, 0.931, 1 791, 0.00600, 6.1e-07."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    return _fixed(value, _decimals(value, digits), signed=signed)
+
+
+def estimate(found: Estimate | None, *, signed: bool = False) -> str:
+    """A value with its interval, all with the value's decimals: ``12.9 [12.1, 13.8]``."""
+    if found is None or found.value is None:
+        return MISSING
+    text = number(found.value, signed=signed)
+    if found.low is None or found.high is None:
+        return text
+    # A value near zero has more decimals than its interval deserves: the widest of the three sets them.
+    widest = max(abs(found.value), abs(found.low), abs(found.high))
+    decimals = _decimals(widest, 3)
+    value, low, high = (_fixed(x, decimals, signed=signed) for x in (found.value, found.low, found.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _decimals(value: float, digits: int) -> int | None:
+    if value == 0:
+        return 0
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])  # of the rounded value: 9.996 shows as 10.0
+    return None if exponent < -5 or exponent > 8 else max(0, digits - 1 - exponent)
+
+
+def _fixed(value: float, decimals: int | None, *, signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    text = f"{value:{sign}.2e}" if decimals is None else f"{value:{sign},.{decimals}f}"
+    return text.replace(",", THIN).replace("-", "\u2212")
+
+
+def count(value: int) -> str:
+    """Every digit, thousands apart: ``702 753``."""
+    return f"{value:,}".replace(",", THIN)
+
+
+def si(value: float | None, unit: str = "") -> str:
+    """Three significant digits with a prefix: ``703 k``, ``1.25 M``, ``18.4 GFLOP``."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    step = min(max(math.floor(math.log10(abs(value)) / 3), 0), 5) if value else 0
+    scaled = value / 1000**step
+    if step < 5 and round(abs(scaled)) >= 1000:
+        step, scaled = step + 1, scaled / 1000
+    prefix = ("", "k", "M", "G", "T", "P")[step]
+    text = number(scaled) if step or scaled != round(scaled) else f"{scaled:.0f}"
+    return text + (THIN + prefix + unit if prefix + unit else "")
+
+
+def tick(value: float) -> str:
+    """A number on an axis, as ``si`` without zeros at its end: ``60 k``, ``1.5 G``."""
+    head, gap, prefix = si(value).partition(THIN)
+    return (head.rstrip("0").rstrip(".") if "." in head else head) + gap + prefix
+
+
+def seconds(value: float | None) -> str:
+    """``8.3 ms``, ``41 s``, ``2 min 49 s``, ``1 h 02 min``."""
+    if value is None or not math.isfinite(value):
+        return MISSING
+    if value < 1:
+        return f"{number(value * 1000)}{THIN}ms" if value >= 1e-3 else f"{number(value * 1e6)}{THIN}µs"
+    if value < 59.5:
+        return f"{value:.1f}{THIN}s" if value < 9.95 else f"{value:.0f}{THIN}s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes}{THIN}min {rest:02d}{THIN}s"
+    return f"{minutes // 60}{THIN}h {minutes % 60:02d}{THIN}min"
+
+
+def percent(found: Estimate | None) -> str:
+    """``0.981 [0.97, 0.99]`` as ``98.1 % [97.0, 99.0]``."""
+    if found is None or found.value is None:
+        return MISSING
+    text = f"{100 * found.value:.1f}{THIN}%"
+    if found.low is None or found.high is None:
+        return text
+    return f"{text} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
+def times(big: float | None, small: float | None) -> str | None:
+    """``5.97×``, or None where there is no ratio."""
+    return f"{number(big / small)}×" if big and small else None
+
+
+def guidance_name(text: str) -> str:
+    """``"tag:1,4,5"`` (the paper's) as ``TAG``; other schedules with their numbers; a constant as ``s = 2``."""
+    scale = constant_scale(text)
+    return short_guidance(text) if scale is None else f"s = {scale:g}"
+
+
+def short_guidance(text: str) -> str:
+    """As ``guidance_name``, a constant as its bare number."""
+    try:
+        schedule = parse_guidance(text)
+    except ValueError:
+        return text
+    if isinstance(schedule, TAG):
+        own = f" {schedule.s_min:g}\u2013{schedule.s_max:g}, {schedule.beta:g}"
+        return "TAG" if schedule == TAG() else "TAG" + own
+    if isinstance(schedule, Interval):
+        return f"{schedule.scale:g} in {schedule.lo:g}\u2013{schedule.hi:g}"
+    return f"{schedule.scale:g}"
+
+
+def constant_scale(text: str) -> float | None:
+    """The scale of a constant guidance, None for a schedule."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def guidance_state(fidelity: Fidelity) -> tuple[str, str]:
+    """(tone, sentence) on whether the student's guidance lives; tone is ``good``, ``fair`` or ``bad``."""
+    ratio, cosine = fidelity.overall.ratio.value, fidelity.overall.cosine.value
+    figures = f"gap ratio {number(ratio, 2)}, cosine {number(cosine, 2)}"
+    if fidelity.collapsed or (ratio is not None and ratio < 0.5):
+        return "bad", f"Guidance has collapsed ({figures})."
+    if ratio is None or cosine is None:
+        return "bad", f"Guidance could not be measured ({figures})."
+    if cosine < DIRECTION_LOST:
+        return "bad", f"Guidance has lost its direction ({figures})."
+    if ratio < WEAK:
+        return "fair", f"Guidance is alive but weakened ({figures})."
+    if ratio > EXAGGERATED:
+        return "fair", f"Guidance is alive but exaggerated ({figures})."
+    return "good", f"Guidance is alive ({figures})."
+
+
+def overlap(a: Estimate, b: Estimate) -> bool | None:
+    """Whether two intervals touch; None where one is missing."""
+    if a.low is None or a.high is None or b.low is None or b.high is None:
+        return None
+    return a.low <= b.high and b.low <= a.high
+
+
+def verdict(receipt: Receipt) -> list[str]:
+    """The receipt in plain sentences, computed from its numbers."""
+    if receipt.subject is None:
+        done = receipt.training[-1] if receipt.training else None
+        trained = f"{done.name} saw {count(done.images_seen)} images in {seconds(done.seconds)}. " if done else ""
+        return [f"{trained}Nothing has been measured yet."]
+    role, model = receipt.subject
+    teacher = receipt.teacher if role != "teacher" else None
+    said = [_cost_sentence(role, model, teacher), _quality_sentence(receipt, role, model, teacher)]
+    if model.fidelity is not None:
+        said.append(guidance_state(model.fidelity)[1])
+    elif not model.guided:
+        said.append("It has no null branch, so there is no guidance dial to turn.")
+    return [sentence for sentence in said if sentence]
+
+
+def _cost_sentence(role: str, model: ModelEvaluation, teacher: ModelEvaluation | None) -> str:
+    if model.cost is None:
+        return ""
+    mine, theirs = model.cost, teacher.cost if teacher else None
+    if theirs is None:
+        return f"The {role} has {si(mine.parameters)} parameters and needs {si(mine.flops_image, 'FLOP')} an image."
+    parts = [
+        _fewer(theirs.parameters, mine.parameters, "parameters"),
+        _fewer(theirs.flops_image, mine.flops_image, "FLOPs an image"),
+    ]
+    return f"The {role} has {' and '.join(parts)} than its teacher."
+
+
+def _fewer(theirs: float, mine: float, what: str) -> str:
+    if theirs >= mine:
+        return f"{times(theirs, mine)} fewer {what}"
+    return f"{times(mine, theirs)} more {what}"
+
+
+def _quality_sentence(receipt: Receipt, role: str, model: ModelEvaluation, teacher: ModelEvaluation | None) -> str:
+    if not model.sweep:
+        return ""
+    if model.best is None:
+        return "Not one of its sample sets has a finite distance to the data: the model has diverged."
+    best, metric = model.best, receipt.protocol.extractor.name if receipt.protocol else "FD"
+    said = f"Its best {metric} is {number(best.fd.value)} ({guidance_name(best.guidance)})"
+    other = teacher.best if teacher else None
+    if other is not None:
+        said += f" against the teacher\u2019s {number(other.fd.value)} ({guidance_name(other.guidance)})"
+        if overlap(best.fd, other.fd):
+            said += ", within the uncertainty"
+    floor = receipt.protocol.floor if receipt.protocol else None
+    if floor is not None:
+        said += f"; real test images score {number(floor.value)}"
+    if best.class_agreement is not None and best.class_agreement.value is not None:
+        said += f". {100 * best.class_agreement.value:.1f}{THIN}% of its samples show the class that was asked for"
+    return said + "."

@@ -1,0 +1,350 @@
+"""Pages, plots, pictures and words of the report room."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+from io import BytesIO
+from pathlib import Path
+
+import fabricated
+import numpy as np
+import pytest
+import torch
+from html_checks import check_page
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from diffstill.errors import InputError
+from diffstill.evaluation.results import Estimate
+from diffstill.report import compare, curves, pictures, plots, views, words
+from diffstill.report.page import write_comparison, write_report
+from diffstill.report.receipt import Receipt
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run")
+
+
+@pytest.fixture(scope="module")
+def receipt(folder: Path) -> Receipt:
+    return fabricated.receipt(folder)
+
+
+def page(receipt: Receipt, folder: Path, out: Path, plots: int = 1) -> str:
+    return check_page(write_report(receipt, folder, out / "report.html").read_text(encoding="utf-8"), plots)
+
+
+# words
+
+
+@pytest.mark.parametrize(
+    ("shown", "expected"),
+    [
+        (words.number(12.94), "12.9"), (words.number(0.93), "0.930"), (words.number(9.996), "10.0"),
+        (words.number(1791.4), "1\u2009791"), (words.number(0), "0"), (words.number(-0.0123), "\u22120.0123"),
+        (words.number(None), "\u2013"), (words.number(math.nan), "\u2013"), (words.number(6.1e-7), "6.10e\u221207"),
+        (words.estimate(Estimate(value=12.9, low=12.06, high=13.84)), "12.9 [12.1, 13.8]"),
+        (words.estimate(Estimate(value=12.9)), "12.9"), (words.estimate(None), "\u2013"),
+        (words.estimate(Estimate(value=0.004, low=-0.77, high=3.48), signed=True), "+0.00 [\u22120.77, +3.48]"),
+        (words.percent(Estimate(value=0.9981, low=0.99, high=1.0)), "99.8\u2009% [99.0, 100.0]"),
+        (words.count(702753), "702\u2009753"), (words.si(702753), "703\u2009k"), (words.si(999_999), "1.00\u2009M"),
+        (words.si(1.2478e12, "FLOP"), "1.25\u2009TFLOP"), (words.si(12), "12"), (words.tick(60_000), "60\u2009k"),
+        (words.tick(100), "100"), (words.tick(1.5e9), "1.5\u2009G"),
+        (words.seconds(0.00831), "8.31\u2009ms"), (words.seconds(41.4), "41\u2009s"),
+        (words.seconds(59.7), "1\u2009min 00\u2009s"), (words.seconds(169), "2\u2009min 49\u2009s"),
+        (words.seconds(3720), "1\u2009h 02\u2009min"), (words.times(702753, 117769), "5.97\u00d7"),
+        (words.guidance_name("2"), "s = 2"), (words.guidance_name("tag:1,4,5"), "TAG"),
+        (words.guidance_name("tag:1,3,5"), "TAG 1\u20133, 5"),
+        (words.guidance_name("interval:3,0.2,0.8"), "3 in 0.2\u20130.8"),
+        (words.guidance_name("a new one"), "a new one"),
+    ],
+)  # fmt: skip
+def test_numbers_as_a_person_reads_them(shown: str, expected: str) -> None:
+    assert shown == expected
+
+
+@given(st.floats(1e-5, 9e8))
+def test_number_keeps_three_digits(value: float) -> None:
+    shown = float(words.number(value).replace("\u2009", ""))
+    assert shown == pytest.approx(value, rel=0.00501)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "cosine", "tone", "said"),
+    [
+        (0.93, 0.75, "good", "Guidance is alive (gap ratio 0.93, cosine 0.75)."),
+        (0.49, 0.9, "bad", "Guidance has collapsed"),
+        (0.09, 0.2, "bad", "Guidance has collapsed"),
+        (3.9, 0.26, "bad", "Guidance has lost its direction"),
+        (0.61, 0.72, "fair", "alive but weakened"),
+        (1.4, 0.9, "fair", "alive but exaggerated"),
+    ],
+)
+def test_verdict_on_guidance(receipt: Receipt, ratio: float, cosine: float, tone: str, said: str) -> None:
+    found = fabricated.fidelity(ratio, cosine)
+    assert words.guidance_state(found)[0] == tone
+    changed = receipt.model_copy(deep=True)
+    changed.models["student"].fidelity = found
+    assert said in " ".join(words.verdict(changed))
+
+
+def test_verdict_is_computed_from_the_numbers(receipt: Receipt) -> None:
+    said = " ".join(words.verdict(receipt))
+    assert "5.97\u00d7 fewer parameters and 5.97\u00d7 fewer FLOPs an image" in said
+    assert "best FD-digits is 12.9 (TAG) against the teacher\u2019s 8.90 (TAG); real test images score 3.80" in said
+    assert "within the uncertainty" not in said
+    close = receipt.model_copy(deep=True)
+    close.models["student"].sweep[4].fd = Estimate(value=9.2, low=8.8, high=9.6)
+    assert "within the uncertainty" in " ".join(words.verdict(close))
+    lost = receipt.model_copy(deep=True)
+    for point in lost.models["student"].sweep:
+        point.fd = Estimate(value=None)
+    assert "has diverged" in " ".join(words.verdict(lost))
+    larger = receipt.model_copy(
+        update={"models": {"teacher": receipt.models["student"], "student": receipt.models["teacher"]}}
+    )
+    assert "5.97\u00d7 more parameters" in " ".join(words.verdict(larger))
+
+
+# pages
+
+
+def test_report_shows_everything(receipt: Receipt, folder: Path, tmp_path: Path) -> None:
+    path = write_report(receipt, folder, tmp_path / "report.html")
+    html = path.read_text(encoding="utf-8")
+    text = check_page(html, plots=11)
+    for part in ("Samples", "Turning the guidance dial", "Is guidance alive?", "Cost", "Training", "The numbers",
+                 "Guidance sweep", "Lineage", "Protocol", "Recipe, as resolved", "channels:"):  # fmt: skip
+        assert part in text
+    assert html.count("data:image/png;base64,") == 2 + 2 * len(fabricated.GUIDANCE)
+    assert html.index("Samples") < html.index("<svg") < html.index('<table class="numbers"')
+    assert "12.9" in text
+    assert "[12.1, 13.7]" in text
+    assert write_report(receipt, folder, tmp_path / "again.html").read_bytes() == path.read_bytes()
+
+
+def test_pages_work_with_missing_pieces(receipt: Receipt, folder: Path, tmp_path: Path) -> None:
+    teacher = receipt.models["teacher"]
+    trained = receipt.model_copy(update={"models": {"teacher": teacher}, "kind": "train"})
+    text = page(trained, folder, tmp_path)
+    assert "The teacher has 703\u2009k parameters".replace("\u2009", " ") in text
+    assert "Is guidance alive?" not in text
+    bare = Receipt(kind="train", name="bare", seed=0, environment=receipt.environment, data=receipt.data)
+    assert "Nothing has been measured yet." in page(bare, folder, tmp_path, plots=0)
+    thin = receipt.model_copy(deep=True)
+    thin.protocol = None
+    for model in thin.models.values():
+        model.cost, model.fidelity, model.images = None, None, {}
+        for point in model.sweep:
+            point.kid = point.class_agreement = point.fd_test = None
+    thin.models["student"].guided = False
+    text = page(thin, folder, tmp_path)
+    assert "no guidance dial to turn" in text
+    assert "KID" not in text
+    lost = page(receipt, tmp_path / "elsewhere", tmp_path)
+    assert "Samples" not in lost
+
+
+def test_user_strings_are_escaped(receipt: Receipt, folder: Path, tmp_path: Path) -> None:
+    evil = '<script>alert("x")</script>'
+    changed = receipt.model_copy(deep=True)
+    changed.name = changed.data.name = evil
+    changed.data.classes[3] = evil
+    changed.warnings = [evil]
+    changed.recipe = {"note": evil, "</pre>": evil}
+    fidelity = changed.models["student"].fidelity
+    assert fidelity is not None
+    fidelity.by_class[3].label = f"class {evil}"
+    changed.models[evil + "$\\frac$"] = changed.models.pop("student")
+    changed.training[1].method = "_" + evil
+    path = write_report(changed, folder, tmp_path / "report.html")
+    html = path.read_text(encoding="utf-8")
+    text = check_page(html, plots=11)
+    assert "<script" not in html
+    assert text.count(evil) > 8
+    check_page(
+        write_comparison([(folder, changed), (folder, receipt)], tmp_path / "c.html").read_text(encoding="utf-8")
+    )
+
+
+def test_pictures_outside_the_run_are_not_followed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    images, labels = fabricated.digits()
+    drawn = pictures.class_grid(images, labels, fabricated.CLASSES)
+    for place in (tmp_path / "secret.png", run / "grid.png"):
+        pictures.save_png(drawn, place)
+    (run / "text.png").write_text("not a picture")
+    (run / "link.png").symlink_to(tmp_path / "secret.png")
+    assert views.picture(run, "grid.png", "") is not None
+    for path in ("../secret.png", str(tmp_path / "secret.png"), "link.png", "text.png", "none.png", "", None, "."):
+        assert views.picture(run, path, "") is None, path
+
+
+# comparison
+
+
+def test_comparison(receipt: Receipt, folder: Path, tmp_path: Path) -> None:
+    other = fabricated.receipt(tmp_path / "b", "composite", fabricated.fidelity(0.41, 0.52), shift=4.0)
+    out = write_comparison([(folder / "receipt.json", receipt), (tmp_path / "b", other)], tmp_path / "c.html")
+    text = check_page(out.read_text(encoding="utf-8"), plots=5)
+    assert "Of 2 runs, dash-digits has the lowest FD-digits: 12.9 (TAG)." in text
+    assert "In composite guidance has collapsed" in text
+    assert "Warning" not in text
+    assert text.count("teacher supervised") == 1, "the same teacher is one row"
+    assert out.read_text(encoding="utf-8").count("data:image/png") == 2
+
+
+def test_comparison_warns_of_each_differing_field(receipt: Receipt, folder: Path, tmp_path: Path) -> None:
+    other = receipt.model_copy(update={"protocol": fabricated.protocol(samples=500, clip="none")})
+    out = write_comparison([(folder, receipt), (folder, other)], tmp_path / "c.html")
+    text = check_page(out.read_text(encoding="utf-8"))
+    assert "The protocols differ in samples: 1000 / 500." in text
+    assert "The protocols differ in clip: recompute / none." in text
+    names = [run.name for run in compare.named_runs([(folder, receipt), (folder, other)])]
+    assert len(set(names)) == 2, "runs of one name are told apart"
+
+
+def test_the_floor_is_a_result_not_a_setting(receipt: Receipt) -> None:
+    a, b = fabricated.protocol(), fabricated.protocol(floor=None)
+    assert compare.protocol_differences([a, b]) == {}
+
+
+def test_comparison_refuses_distances_of_different_spaces(receipt: Receipt, folder: Path, tmp_path: Path) -> None:
+    extractor = fabricated.protocol().extractor.model_copy(update={"name": "FID", "sha256": "ee" * 32})
+    for changes, said in (({"extractor": extractor}, "FID (eeeeeeee"), ({"reference_sha256": "ff" * 32}, "ffff")):
+        other = receipt.model_copy(update={"protocol": fabricated.protocol(**changes)})
+        with pytest.raises(InputError) as caught:
+            write_comparison([(folder, receipt), (folder, other)], tmp_path / "c.html")
+        message = str(caught.value)
+        assert next(iter(changes)) in message
+        assert said in message
+        assert "\n" not in message
+    with pytest.raises(InputError, match="two or more"):
+        write_comparison([(folder, receipt)], tmp_path / "c.html")
+    assert not (tmp_path / "c.html").exists()
+
+
+# plots
+
+
+def _heights(svg: str) -> list[float]:
+    """y pixels of the first marker series, top is 0."""
+    return [float(y) for y in re.findall(r'<use xlink:href="#\w+" x="[\d.]+" y="([\d.]+)"[^>]*var\(--c0\)', svg)]
+
+
+def test_sweep_draws_every_value_at_its_height(receipt: Receipt) -> None:
+    student = receipt.models["student"]
+    svg = plots.sweep({"student": student}, "fd", "FD")
+    assert svg is not None
+    pixels = _heights(svg)
+    drawn = np.array([[p.fd.low, p.fd.high, p.fd.value] for p in student.sweep], dtype=float).ravel()
+    assert len(pixels) == 15
+    # An affine map from value to pixel: every marker (caps and points) lies on one falling line.
+    slope, offset = np.polyfit(sorted(drawn, reverse=True), sorted(pixels), 1)
+    assert slope < 0
+    assert np.allclose(sorted(pixels), slope * np.array(sorted(drawn, reverse=True)) + offset, atol=0.05)
+
+
+def test_plots_of_nothing_are_nothing() -> None:
+    assert plots.sweep({}, "fd", "FD") is None
+    assert plots.fidelity_bins({}, "ratio", "Ratio") is None
+    assert plots.curriculum({"a": []}) is None
+    assert plots.frontier({"a": (1.0, Estimate(value=None))}, "F") is None
+    assert curves.loss_curves({}, "Loss") is None
+    assert curves.probe_curves({}, "Probe") is None
+
+
+def test_a_hundred_classes_fit(receipt: Receipt) -> None:
+    many = fabricated.fidelity()
+    many.by_class = [many.by_class[0].model_copy(update={"label": f"class a long name {i}"}) for i in range(100)]
+    svg = plots.fidelity_bins({"student": many}, "ratio", "Ratio", by="class")
+    assert svg is not None
+    assert svg.count("a long name") == 20
+
+
+# training curves
+
+
+def test_read_log_takes_its_own_arm_and_passes_over_the_rest(tmp_path: Path) -> None:
+    lines = [
+        {"images": 10, "arm": "a", "loss": 3.0, "x": 2.0, "lr": 1.0, "grad_norm": 9.0, "step": 1},
+        {"images": 20, "arm": "a", "loss": math.nan, "x": 1.0},
+        {"images": 20, "arm": "b", "loss": 7.0},
+        {"images": 30, "arm": "a", "loss": 1.0},
+        {"images": 30, "arm": "a", "loss": 2.0},
+        {"images": 30, "event": "rate", "images_per_s": 5.0, "loss": 100.0},
+        {"images": 30, "arm": "a", "event": "probe", "ratio": 0.4, "cosine": 0.3},
+        {"images": "many", "arm": "a", "loss": 1.0},
+        [1, 2],
+    ]
+    log = tmp_path / "log.jsonl"
+    log.write_text("\n".join(map(json.dumps, lines)) + '\n{"images": 40, "arm": "a", "lo', encoding="utf-8")
+    found = curves.read_log(log, "a")
+    assert found.losses == {"loss": {10: 3.0, 30: 2.0}, "x": {10: 2.0}}
+    assert found.probe == {"ratio": {30: 0.4}, "cosine": {30: 0.3}}
+    assert curves.read_log(log, "b").losses == {"loss": {20: 7.0}}
+    assert curves.read_log(log, "unknown").losses == found.losses
+    assert curves.read_log(tmp_path / "none", "a").losses == {}
+
+
+def test_smoothing_has_no_bias_and_is_late_by_little() -> None:
+    assert np.allclose(curves.smooth(np.full(500, 3.0)), 3.0)
+    step = curves.smooth(np.repeat([1.0, 0.0], 500))
+    assert step[0] == 1.0
+    assert step[499] == pytest.approx(1.0)
+    assert step[519] == pytest.approx((1 - 1 / 20) ** 20, rel=1e-6)
+
+
+# pictures
+
+
+def test_grid_is_the_images_enlarged() -> None:
+    images = torch.randint(0, 256, (5, 3, 8, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sheet = pictures.grid(images, 3, factor=2)
+    assert sheet.size == (3 * (12 + pictures.GAP) - pictures.GAP, 2 * (16 + pictures.GAP) - pictures.GAP)
+    pixels = np.asarray(sheet)
+    for index in range(5):
+        top, left = (index // 3) * (16 + pictures.GAP), (index % 3) * (12 + pictures.GAP)
+        tile = pixels[top : top + 16, left : left + 12]
+        wanted = images[index].permute(1, 2, 0).numpy().repeat(2, 0).repeat(2, 1)
+        assert np.array_equal(tile[..., :3], wanted)
+        assert (tile[..., 3] == 255).all()
+    assert (pixels[:, 12 : 12 + pictures.GAP, 3] == 0).all(), "gaps are transparent"
+    assert [pictures.enlargement(side) for side in (8, 16, 28, 32, 64, 512)] == [6, 3, 2, 2, 1, 1]
+
+
+def test_class_grid_has_a_row_a_class_in_the_given_order() -> None:
+    labels = torch.tensor([2, 0, 2, 0, 1, 0])
+    images = (10 * torch.arange(6, dtype=torch.uint8) + 5)[:, None, None, None].expand(6, 1, 8, 8).contiguous()
+    sheet = np.asarray(pictures.class_grid(images, labels, ["a", "b", "c", "never drawn"], per_class=2))
+    tile = 48 + pictures.GAP
+    column = sheet[24::tile, -20]
+    assert column[:, 0].tolist() == [15, 45, 5], "one a row: class b has only one image, so all rows have one"
+    assert (sheet[:, 0, :3] == 128).all() or sheet[:, :8, 3].max() <= 255
+
+
+def test_grid_refuses_what_it_cannot_draw() -> None:
+    good = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    for images in (good.float(), good[0], good[:0], torch.zeros(4, 2, 8, 8, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="uint8"):
+            pictures.grid(images, 2)
+    with pytest.raises(ValueError, match="as many labels"):
+        pictures.grid(good, 2, row_labels=["one"])
+
+
+def test_png_round_trip(tmp_path: Path) -> None:
+    images, labels = fabricated.digits()
+    sheet = pictures.class_grid(images, labels, fabricated.CLASSES)
+    path = pictures.save_png(sheet, tmp_path / "new" / "grid.png")
+    assert np.array_equal(np.asarray(Image.open(path)), np.asarray(sheet))
+    assert [p.name for p in path.parent.iterdir()] == ["grid.png"]
+    uri = pictures.data_uri(path.read_bytes())
+    kind, _, content = uri.partition(",")
+    assert kind == "data:image/png;base64"
+    assert np.array_equal(np.asarray(Image.open(BytesIO(base64.b64decode(content)))), np.asarray(sheet))
