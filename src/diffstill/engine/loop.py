@@ -88,6 +88,8 @@ class Trainer:
             Interrupted: SIGINT or SIGTERM, after the step was finished and saved.
         """
         self._resume()
+        if self.on_progress:
+            self.on_progress(Progress(self.images_seen, self.total, 0.0))
         if self.images_seen >= self.total:
             return
         with StopRequest().listening() as stop:

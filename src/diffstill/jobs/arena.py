@@ -193,6 +193,7 @@ class _Session:
         if kept.exists():
             return ModelEvaluation.model_validate_json(kept.read_text(encoding="utf-8"))
         with self.ui.bar(f"evaluate {name}", 1.0) as bar:
+            bar.update(0.0)
             found = self.evaluator.evaluate(
                 subject.denoiser,
                 subject.role,

@@ -66,6 +66,7 @@ def evaluate_subjects(
     found: dict[str, ModelEvaluation] = {}
     for subject in subjects:
         with ui.bar(f"evaluate {subject.role}", 1.0) as bar:
+            bar.update(0.0)
             found[subject.role] = evaluator.evaluate(
                 subject.denoiser,
                 subject.role,

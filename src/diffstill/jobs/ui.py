@@ -53,4 +53,4 @@ def training_note(progress: Progress) -> str:
         f"{name} {value:.4f}" if len(progress.values) > 1 else f"loss {value:.4f}"
         for name, value in list(progress.values.items())[:3]
     )
-    return f"{progress.images_per_s:,.0f} img/s  {losses}"
+    return f"{progress.images_per_s:,.0f} img/s  {losses}" if progress.values else ""

@@ -1,0 +1,33 @@
+"""Shared by all tests: one thread (two oversubscribed pools are far slower), a cache of our own, a tiny recipe."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TINY
+
+torch.set_num_threads(1)
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    before = os.environ.get("DIFFSTILL_CACHE")
+    os.environ["DIFFSTILL_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    if before is None:
+        del os.environ["DIFFSTILL_CACHE"]
+    else:
+        os.environ["DIFFSTILL_CACHE"] = before
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny ``diffstill distill`` run, made once by the command line itself."""
+    from diffstill.cli import main
+
+    out = tmp_path_factory.mktemp("tiny") / "run"
+    assert main(["distill", "digits-dash", *TINY, "--out", str(out), "--quiet"]) == 0
+    return out

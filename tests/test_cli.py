@@ -1,0 +1,198 @@
+"""The command line as a user types it: what is written, what is printed, how bad input ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import TINY
+
+from diffstill.cli import main
+from diffstill.report.receipt import Receipt
+
+
+def test_distill_leaves_a_whole_run(tiny_run: Path) -> None:
+    for name in ("recipe.yaml", "log.jsonl", "report.html", "receipt.json", "model/model_index.json", "teacher/unet"):
+        assert (tiny_run / name).exists(), name
+    receipt = Receipt.load(tiny_run / "receipt.json")
+    assert set(receipt.models) == {"teacher", "student"}
+    student = receipt.models["student"]
+    assert [point.guidance for point in student.sweep] == ["1", "2"]
+    assert [point.nfe for point in student.sweep] == [4, 8]
+    assert student.fidelity is not None
+    assert student.fidelity.overall.pairs == 60
+    assert receipt.lineage[-1].parent == receipt.lineage[0].name == "digits-teacher"
+    assert [t.steps for t in receipt.training] == [8, 8]
+
+
+def test_a_second_run_says_that_all_is_done(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (tiny_run / "receipt.json").stat().st_mtime_ns
+    assert main(["distill", "digits-dash", *TINY, "--out", str(tiny_run), "--quiet"]) == 0
+    assert "all done already" in capsys.readouterr().out
+    assert (tiny_run / "receipt.json").stat().st_mtime_ns == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused_and_named(
+    tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = main(["distill", "digits-dash", *TINY, "training.lr=3e-3", "--out", str(tiny_run), "--quiet"])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert "training.lr: 0.002 -> 0.003" in error
+    assert error.count("\n") == 1
+    assert (tiny_run / "receipt.json").exists()
+
+
+def test_fresh_never_empties_a_folder_that_is_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    assert main(["distill", "digits-dash", *TINY, "--out", str(tmp_path), "--fresh", "--quiet"]) == 2
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+    assert "holds files that are no run" in capsys.readouterr().err
+
+
+def test_sample_is_the_same_for_any_batch_size(tiny_run: Path, tmp_path: Path) -> None:
+    for name, batch in (("a", "3"), ("b", "64")):
+        arguments = ["--labels", "0,1,2", "-n", "7", "--steps", "5", "--seed", "4", "--quiet", "--batch-size", batch]
+        assert main(["sample", str(tiny_run / "model"), *arguments, "--out", str(tmp_path / name)]) == 0
+    first = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert first == sorted(p.name for p in (tmp_path / "b").iterdir())
+    assert len(first) == 7
+    for name in first:
+        a, b = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in "ab")
+        assert np.abs(a - b).max() <= 1
+
+
+def test_eval_uses_the_models_own_protocol_and_takes_overrides(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["eval", str(tiny_run / "model"), "guidance=[1.5]", "samples=30", "--quiet", "--out", str(tmp_path / "e")]
+    assert main([*command, "--teacher", str(tiny_run / "teacher"), "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["protocol"]["steps"] == 4
+    assert printed["protocol"]["samples"] == 30
+    assert printed["models"]["student"]["sweep"][0]["guidance"] == "1.5"
+    assert printed["models"]["student"]["fidelity"]["overall"]["pairs"] == 60
+    assert (tmp_path / "e" / "report.html").exists()
+
+
+def test_report_again_and_comparison(tiny_run: Path, tmp_path: Path) -> None:
+    assert main(["report", str(tiny_run), "--out", str(tmp_path / "one.html")]) == 0
+    assert main(["report", str(tiny_run), str(tiny_run), "--out", str(tmp_path / "two.html")]) == 0
+    assert "<svg" in (tmp_path / "one.html").read_text()
+    assert (tmp_path / "two.html").read_text().startswith("<!doctype html>")
+
+
+def test_arena_pairs_the_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["arena", "digits-dash", *TINY, "--methods", "dash,conditional", "--seeds", "2", "--quiet"]
+    assert main([*command, "--out", str(tmp_path / "a"), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [arm["name"] for arm in result["arms"]] == ["dash", "conditional"]
+    assert all(len(arm["seeds"]) == 2 for arm in result["arms"])
+    assert (tmp_path / "a" / "report.html").exists()
+    # The conditional arm alone trains to the very same student as beside dash: arms do not disturb each other.
+    single = ["arena", "digits-dash", *TINY, "--methods", "conditional", "--seeds", "1", "--quiet", "--json"]
+    assert main([*single, "--out", str(tmp_path / "b")]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    a, b = result["arms"][1]["seeds"][0]["evaluation"], alone["arms"][0]["seeds"][0]["evaluation"]
+    assert a["sweep"][0]["fd"]["value"] == pytest.approx(b["sweep"][0]["fd"]["value"], rel=1e-3)
+
+
+def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "never"
+    assert main(["distill", "digits-dash", "--dry-run", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "parameters" in printed
+    assert "s per 1,000 images" in printed
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("what", ["recipes", "methods", "data", "metrics"])
+def test_lists(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", what]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_doctor_is_content(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+BAD = [
+    (["distill", "digits-dahs"], "did you mean digits-dash"),
+    (["distill", "digits-teacher"], "diffstill train digits-teacher"),
+    (["train", "digits-teacher", "training.lrr=1"], "did you mean lr?"),
+    (["train", "digits-teacher", "training.images=65"], "no multiple of batch_size"),
+    (["train", "digits-teacher", "training.lr=fast"], "training.lr"),
+    (["train", "digits-teacher", "method.label_drop=0.2"], "did you mean label_dropout"),
+    (["train", "digits-teacher", "network.block_out_channels=[30, 60]"], "norm_num_groups"),
+    (["train", "digits-teacher", "network.block_out_channels=[8, 8, 8, 8, 8]"], "divisible"),
+    (["train", "digits-teacher", "method.name=dash"], "needs a teacher"),
+    (["train", "digits-teacher", "network.init=inherit"], "kind: distill"),
+    (["train", "digits-teacher", "data.source=folder:nowhere"], "data.source"),
+    (["train", "digits-teacher", "data=5"], "data"),
+    (["train", "digits-teacher", "x"], "key=value"),
+    (["train", "nowhere.yaml"], "cannot be read"),
+    (["distill", "digits-dash", "student.init=inherit", "student.block_out_channels=[48, 64]"], "student"),
+    (["distill", "digits-dash", "method.lambda_im=-1"], "lambda_im"),
+    (["distill", "digits-dash", "method.name=composite", "method.scale_to=1"], "scale_to"),
+    (["distill", "digits-dash", "method.name=fitnets", "method.stages=[attic]"], "method.stages"),
+    (["distill", "digits-dash", "evaluation.guidance=[strong]"], "guidance"),
+    (["distill", "digits-dash", "teacher.model=nowhere"], "teacher"),
+    (["distill", "digits-dash", "data.size=16"], "data"),
+    (["distill", "digits-dash", "teacher.overrides.method.curriculum.rule=often"], "curriculum.rule"),
+    (["arena", "digits-dash", "--methods", "dash,alchemy"], "alchemy"),
+    (["arena", "digits-dash", "--methods", "dash", "--seeds", "0"], "seeds"),
+    (["sample", "nowhere"], "nowhere"),
+    (["eval", "nowhere"], "nowhere"),
+    (["report", "nowhere"], "nowhere"),
+    (["list", "dreams"], "dreams"),
+    (["check", "alchemy"], "alchemy"),
+    (["frobnicate"], "frobnicate"),
+    ([], "COMMAND"),
+    (["train", "digits-teacher", "--device", "abacus"], "abacus"),
+]
+
+
+@pytest.mark.parametrize(("command", "named"), BAD, ids=[" ".join(c)[:70] or "nothing" for c, _ in BAD])
+def test_bad_input_ends_in_one_line_and_code_2(
+    command: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("diffstill: ")
+    assert captured.err.count("\n") == 1
+    assert named in captured.err
+    assert not list(tmp_path.iterdir()), "bad input must write nothing"
+
+
+def test_sample_refuses_what_the_model_cannot_do(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = str(tiny_run / "model")
+    for arguments, named in (
+        (["--labels", "11"], "labels"),
+        (["--labels", "cat"], "labels"),
+        (["--guidance", "loud"], "guidance"),
+        (["--steps", "0"], "steps"),
+        (["--steps", "2000"], "steps"),
+        (["--seed", "-1"], "seed"),
+        (["-n", "0", "--labels", "1"], "n"),
+        (["--batch-size", "0"], "batch-size"),
+    ):
+        assert main(["sample", model, *arguments, "--quiet"]) == 2, arguments
+        assert named in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_module_and_help_in_a_real_process() -> None:
+    shown = subprocess.run([sys.executable, "-m", "diffstill", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert "example: diffstill demo" in shown.stdout
+    wrong = subprocess.run([sys.executable, "-m", "diffstill", "trian"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr.count("\n") == 1
+    assert "Traceback" not in wrong.stderr
