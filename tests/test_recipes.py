@@ -1,0 +1,155 @@
+"""The recipes that travel with the package: they parse, build the published networks, and plan on local data."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from diffstill.evaluation.cost import count_flops
+from diffstill.jobs.build import build_denoiser, build_network
+from diffstill.jobs.distill import teacher_recipe
+from diffstill.jobs.plan import plan
+from diffstill.methods import Setting
+from diffstill.methods.supervised import Supervised
+from diffstill.recipe import DistillRecipe, TrainRecipe, builtin_recipes, load_recipe, resolved, to_yaml
+
+NAMES = sorted(builtin_recipes())
+IMAGES = {
+    "dash-cifar100": ((3, 32, 32), 100),
+    "dash-cifar10": ((3, 32, 32), 10),
+    "fashion-mnist": ((1, 28, 28), 10),
+    "digits": ((1, 8, 8), 10),
+}
+"""Shape and classes by the beginning of a recipe's name; longer beginnings first."""
+
+
+def images_of(name: str) -> tuple[tuple[int, int, int], int]:
+    return next(form for start, form in IMAGES.items() if name.startswith(start))
+
+
+@cache
+def parameters(name: str) -> int:
+    shape, classes = images_of(name)
+    network = build_network(load_recipe(name).subject, shape, classes, seed=0)
+    return sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parses_and_is_called_as_its_file(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description.endswith(".")
+    assert "extends" not in resolved(recipe)
+    own = yaml.safe_load(builtin_recipes()[name])
+    assert own["description"] == recipe.description, "a description must not be inherited"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_run_stores_parses_to_the_same_recipe(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    stored = tmp_path / "recipe.yaml"
+    stored.write_text(to_yaml(recipe), encoding="utf-8")
+    assert load_recipe(str(stored)) == recipe
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if isinstance(load_recipe(n), DistillRecipe)])
+def test_the_teacher_exists_and_shares_the_data(name: str) -> None:
+    recipe = load_recipe(name)
+    assert isinstance(recipe, DistillRecipe)
+    teacher = teacher_recipe(recipe)  # refuses other data
+    assert isinstance(teacher, TrainRecipe)
+    ratio = parameters(teacher.name) / parameters(name)
+    assert 5.7 <= ratio <= 6.0
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("dash-cifar10-teacher", 35_751_939),
+        ("dash-cifar10", 6_082_627),
+        ("dash-cifar10-may", 6_082_627),
+        ("dash-cifar100-teacher", 35_798_019),
+        ("dash-cifar100", 6_105_667),
+    ],
+)
+def test_published_parameter_counts(name: str, count: int) -> None:
+    assert parameters(name) == count
+
+
+def test_published_lengths_and_rates() -> None:
+    """391K and 234K iterations of 64 images: 500 and 300 epochs over all 50,000."""
+    teacher, student, may = (load_recipe(f"dash-cifar10{end}") for end in ("-teacher", "", "-may"))
+    assert (teacher.training.images, teacher.training.steps) == (500 * 50_000, 390_625)
+    assert (student.training.images, student.training.steps) == (300 * 50_000, 234_375)
+    assert (student.training.lr, student.training.ema_decay) == (1e-4, 0.999)
+    assert (may.training.lr, may.training.ema_decay) == (2e-4, 0.9995)
+    assert may.training.model_copy(update={"lr": 1e-4, "ema_decay": 0.999}) == student.training
+    assert (teacher.training.lr, teacher.training.ema_decay, teacher.training.weight_decay) == (2e-4, 0.9999, 0.01)
+    options = student.method.build_options().model_dump()
+    assert {key: options[key] for key in ("lambda_im", "lambda_un", "lambda_an", "curriculum")} == {
+        "lambda_im": 1.0, "lambda_un": 1.0, "lambda_an": 0.1, "curriculum": "transfer",
+    }  # fmt: skip
+    for recipe in (teacher, student):
+        assert recipe.subject.options["dropout"] == 0.1
+        assert recipe.subject.options["attention_head_dim"] is None
+        assert (recipe.training.warmup_images, recipe.training.lr_min, recipe.training.grad_clip) == (0, 1e-6, 1.0)
+
+
+@pytest.mark.parametrize(("name", "form"), [("dash-cifar10-teacher", "x0"), ("dash-cifar10-teacher-short", "none")])
+def test_base_weights_are_published_at_length_and_flat_in_short_runs(name: str, form: str) -> None:
+    recipe = load_recipe(name)
+    assert isinstance(recipe, TrainRecipe)
+    small = recipe.network.model_copy(update={"block_out_channels": [32], "attention_levels": []})
+    denoiser = build_denoiser(small, (3, 8, 8), 10, recipe.schedule.build(), recipe.prediction_type, 0)
+    curriculum = Supervised(Setting(denoiser), recipe.method.build_options()).curriculum
+    assert curriculum.options.snr_form == form
+    assert curriculum.options.gamma == 5
+    weights = curriculum.weights().detach()
+    # dash.md 7.2: min(snr, 5) leaves 6.65% of the weight to the noisier half; flat weights leave it half.
+    noisy = float(weights[500:].sum() / weights.sum())
+    assert noisy == pytest.approx(0.0665 if form == "x0" else 0.5, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", ["dash-cifar10", "fashion-mnist"])
+def test_plans_on_a_local_file(name: str, tmp_path: Path) -> None:
+    """What ``--dry-run`` does, with a local file in the hub's place; nothing is fetched or written."""
+    (channels, side, _), classes = images_of(name)
+    draw = np.random.default_rng(0)
+    labels = np.arange(4 * classes) % classes
+    images = draw.integers(0, 256, (len(labels), side, side, channels), dtype=np.uint8)
+    file = tmp_path / "images.npz"
+    np.savez(file, images=images, labels=labels)
+    source = f"npz:{file}"
+    recipe = load_recipe(
+        name,
+        {
+            "data.source": source,
+            "teacher.overrides": {"data.source": source, "training.batch_size": 2},
+            "training.batch_size": 2,
+        },
+    )
+    planned = plan(recipe)
+    assert isinstance(recipe, DistillRecipe)
+    teacher, student = planned.forecasts.values()
+    assert list(planned.forecasts) == [recipe.teacher.recipe, name]
+    assert (teacher[0].parameters, student[0].parameters) == (parameters(str(recipe.teacher.recipe)), parameters(name))
+    assert student[0].teacher_parameters == teacher[0].parameters
+    # Two branches of the teacher, and two of the student forwards and backwards.
+    assert student[0].flops_per_image == 2 * teacher[0].flops_forward + 6 * student[0].flops_forward
+    assert f"{student[0].parameters:,}" in planned.as_text()
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_published_arithmetic() -> None:
+    """12.44 and 2.15 GFLOP a forward (2 x MAC), a ratio of 5.78 (published: 5.77)."""
+    flops = []
+    for name in ("dash-cifar10-teacher", "dash-cifar10"):
+        schedule = TrainRecipe.model_fields["schedule"].default.build()
+        flops.append(count_flops(build_denoiser(load_recipe(name).subject, (3, 32, 32), 10, schedule, "epsilon", 0)))
+    assert flops[0] == pytest.approx(12.44e9, rel=1e-3)
+    assert flops[1] == pytest.approx(2.15e9, rel=2e-3)
+    assert flops[0] / flops[1] == pytest.approx(5.78, abs=0.01)
