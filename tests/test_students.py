@@ -17,8 +17,8 @@ from diffstill.models.adapters import dit, unet2d
 from diffstill.models.lineage import weights_sha256
 from diffstill.models.students import inherit, keep_channels, student_for_ratio
 
-TEACHER = {"block_out_channels": (128, 256, 256, 256), "layers_per_block": 2, "attention_levels": [1]}
-DASH = {"block_out_channels": (64, 128, 128, 128), "layers_per_block": 1, "attention_levels": [1]}
+TEACHER: dict[str, Any] = {"block_out_channels": (128, 256, 256, 256), "layers_per_block": 2, "attention_levels": [1]}
+DASH: dict[str, Any] = {"block_out_channels": (64, 128, 128, 128), "layers_per_block": 1, "attention_levels": [1]}
 
 
 def small(**options: Any) -> UNet2DModel:

@@ -1,0 +1,52 @@
+"""The diffusers pipeline that travels inside every exported model folder, and the text that is written there."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+_HEADER = '''"""Sampling code of this model: a stock diffusers pipeline, written by diffstill {version} (Apache-2.0).
+
+Load it with ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``; diffstill need not be installed.
+"""
+'''
+
+
+def travelling_source(version: str) -> str:
+    """The ``pipeline.py`` of an exported folder: ``diffusion/guidance.py`` and ``pipelines/pipeline.py`` in one file.
+
+    One file and not two, because diffusers (0.42) copies the custom code of every local folder into one shared module
+    cache and re-executes only the pipeline itself: a second folder's ``from .guidance import ...`` would silently get
+    the guidance of the folder that was loaded first. The formula keeps its single home in ``diffusion/guidance.py``.
+    """
+    room = Path(__file__).parent
+    imports: dict[str, set[str]] = {}
+    bodies = []
+    for file in (room.parent / "diffusion" / "guidance.py", room / "pipeline.py"):
+        text = file.read_text(encoding="utf-8")
+        head = [node for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+        for node in head:
+            _collect(node, imports)
+        bodies.append("\n".join(text.splitlines()[head[-1].end_lineno :]).strip("\n"))
+    return "\n\n\n".join([_HEADER.format(version=version) + "\n" + _written(imports), *bodies]) + "\n"
+
+
+def _collect(node: ast.Import | ast.ImportFrom, imports: dict[str, set[str]]) -> None:
+    """Adds an import to ``import os`` -> {} or ``from os`` -> names; our own modules and ``__future__`` stay behind."""
+    if isinstance(node, ast.Import):
+        imports.update({f"import {ast.unparse(alias)}": set() for alias in node.names})
+    elif node.module and node.level == 0 and node.module != "__future__":
+        imports.setdefault(f"from {node.module}", set()).update(alias.name for alias in node.names)
+
+
+def _written(imports: dict[str, set[str]]) -> str:
+    blocks: list[list[str]] = [[], []]
+    for origin in sorted(imports, key=lambda origin: (origin.startswith("from"), origin)):
+        foreign = origin.split()[1].split(".")[0] not in sys.stdlib_module_names
+        names = ", ".join(sorted(imports[origin]))
+        blocks[foreign].append(f"{origin} import {names}" if names else origin)
+    return "\n\n".join("\n".join(block) for block in blocks)
+
+
+__all__ = ["travelling_source"]

@@ -1,0 +1,198 @@
+"""Class-conditional sampling for diffusers, with live classifier-free guidance. No import of ours but the formula.
+
+The text of this file is written into every exported folder (``pipelines.travelling_source``), so it must run on
+torch, numpy, pillow and diffusers alone, and its errors are plain ``ValueError``.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, UNet2DModel
+from diffusers.utils.torch_utils import randn_tensor
+from PIL import Image
+
+from ..diffusion.guidance import GuidanceSchedule, guide, parse_guidance
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Samples a class-conditional ``UNet2DModel`` (``unet``) or ``DiTTransformer2DModel`` (``transformer``) on pixels.
+
+    Args:
+        scheduler: any stock diffusers scheduler for discrete-time noise prediction.
+        num_classes: number of real classes; label ``num_classes`` is the null label. None: read from the network.
+        guided: False for a model without a live null branch, which is sampled in one pass.
+        default_guidance: what is used where a call names none: ``"2"``, ``"tag:1,4,5"``, ``"interval:3,0.2,0.8"``.
+        id2label: names of the classes, by their number as text.
+    """
+
+    model_cpu_offload_seq = "unet->transformer"
+    _optional_components: ClassVar[list[str]] = ["unet", "transformer"]
+    # Bound to the class: diffusers executes the pipeline.py of every folder in one shared module, so that a global
+    # name means, also to a pipeline loaded earlier, what the folder loaded last says.
+    _guide = staticmethod(guide)
+    _parse = staticmethod(parse_guidance)
+
+    def __init__(
+        self,
+        scheduler: Any,
+        unet: UNet2DModel | None = None,
+        transformer: DiTTransformer2DModel | None = None,
+        num_classes: int | None = None,
+        guided: bool = True,
+        default_guidance: str = "2",
+        id2label: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        if (unet is None) == (transformer is None):
+            raise ValueError("give exactly one of unet and transformer")
+        self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer)
+        if num_classes is None:
+            network: Any = unet or transformer
+            num_classes = network.config.get("num_embeds_ada_norm") or network.config.num_class_embeds - 1
+        self.register_to_config(
+            num_classes=num_classes, guided=guided, default_guidance=default_guidance, id2label=id2label
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        guidance_scale: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        num_inference_steps: int = 50,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        *,
+        guidance_schedule: str | None = None,
+        clip: str = "recompute",
+        latents: torch.Tensor | None = None,
+        callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Draws one image for each label.
+
+        Args:
+            class_labels: labels 0..num_classes-1 or class names; one, a list, or a tensor.
+            guidance_scale: constant scale; 1 is purely conditional and skips the null pass. None: the model's default.
+            generator: one for all images, or a list with one an image: then an image does not depend on its batch.
+            num_inference_steps: steps of the scheduler, 1..num_train_timesteps.
+            output_type: ``pil`` images, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W) in [0, 1], ``latent``: as sampled.
+            return_dict: False gives a tuple instead of an ``ImagePipelineOutput``.
+            guidance_schedule: a scale that depends on the timestep, instead of ``guidance_scale``: ``tag:1,4,5``
+                (s_min, s_max, beta) or ``interval:3,0.2,0.8`` (scale, and where it acts as fractions of T).
+            clip: after clipping the clean-image estimate ``recompute`` the noise from it (default), keep the old one
+                (``paper``), or do not clip (``none``). Acts on schedulers of the DDIM kind; others go by their config.
+            latents: standard-normal noise (B, C, H, W) to start from, instead of ``generator``.
+            callback_on_step_end: called as ``(pipeline, step, timestep, {"latents": ...})``; may return new latents.
+
+        Raises:
+            ValueError: an argument that does not fit; the message names what would.
+        """
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"output_type {output_type!r} is not known; use pil, np, pt or latent")
+        guidance = self._guidance(guidance_scale, guidance_schedule)
+        labels = torch.tensor(self.label_ids(class_labels), device=self._execution_device)
+        scheduler, options = self._prepared_scheduler(num_inference_steps, clip, generator)
+        x = self._start(len(labels), generator, latents) * scheduler.init_noise_sigma
+        T = scheduler.config.num_train_timesteps
+        for step, t in enumerate(self.progress_bar(scheduler.timesteps)):
+            scale = guidance(round(float(t)), T)
+            prediction = self._predict(scheduler.scale_model_input(x, t), t, labels, scale)
+            x = scheduler.step(prediction, t, x, **options).prev_sample
+            if callback_on_step_end is not None:
+                x = (callback_on_step_end(self, step, t, {"latents": x}) or {}).get("latents", x)
+        images = self._finished(x, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def label_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
+        """Label numbers of labels or class names."""
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.reshape(-1).tolist()
+        wanted = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
+        by_name = {name: int(number) for number, name in (self.config.id2label or {}).items()}
+        last = self.config.num_classes - 1
+        ids = []
+        for label in wanted:
+            if isinstance(label, str) and label not in by_name:
+                known = ", ".join(list(by_name)[:20]) or f"none; use numbers 0..{last}"
+                raise ValueError(f"class_labels: no class is called {label!r}; the names are {known}")
+            number = by_name[label] if isinstance(label, str) else label
+            if int(number) != number or not 0 <= number <= last:
+                raise ValueError(f"class_labels: {number} is out of range; this model has classes 0..{last}")
+            ids.append(int(number))
+        if not ids:
+            raise ValueError("class_labels is empty; give one label for each image")
+        return ids
+
+    def _guidance(self, scale: float | None, schedule: str | None) -> GuidanceSchedule:
+        if scale is not None and schedule is not None:
+            raise ValueError("give guidance_scale or guidance_schedule, not both")
+        asked = schedule if schedule is not None else scale
+        if self.config.guided:
+            return self._parse(self.config.default_guidance if asked is None else asked)
+        if asked is not None and self._parse(asked) != self._parse(1.0):
+            raise ValueError(f"guidance {asked!r} cannot act: this model has no live null branch; leave it out")
+        return self._parse(1.0)
+
+    def _prepared_scheduler(
+        self, steps: int, clip: str, generator: torch.Generator | list[torch.Generator] | None
+    ) -> tuple[Any, dict[str, Any]]:
+        """The scheduler with its timesteps set, and the options of its ``step`` that it knows."""
+        scheduler = self.scheduler
+        T = scheduler.config.num_train_timesteps
+        if not 1 <= steps <= T:
+            raise ValueError(f"num_inference_steps {steps} must lie in 1..{T}")
+        if clip not in ("recompute", "paper", "none"):
+            raise ValueError(f"clip {clip!r} is not known; use recompute, paper or none")
+        if clip == "none" and scheduler.config.get("clip_sample"):
+            scheduler = type(scheduler).from_config(scheduler.config, clip_sample=False)
+        scheduler.set_timesteps(steps, device=self._execution_device)
+        known = inspect.signature(scheduler.step).parameters
+        options = {"use_clipped_model_output": clip == "recompute", "generator": generator}
+        return scheduler, {name: value for name, value in options.items() if name in known}
+
+    def _start(
+        self, count: int, generator: torch.Generator | list[torch.Generator] | None, latents: torch.Tensor | None
+    ) -> torch.Tensor:
+        network = self.unet if self.unet is not None else self.transformer
+        size = network.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        shape = (count, network.config.in_channels, height, width)
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"generator: {len(generator)} generators for {count} images; give one, or one an image")
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=network.dtype)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents {tuple(latents.shape)} do not fit; {count} labels need {shape}")
+        return latents.to(self._execution_device, network.dtype)
+
+    def _predict(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
+        """Guided prediction; both branches in one forward, the null branch only where it counts."""
+        if scale == 1.0:
+            return self._forward(x, t, labels)
+        null = torch.full_like(labels, self.config.num_classes)
+        cond, unconditional = self._forward(torch.cat([x, x]), t, torch.cat([labels, null])).chunk(2)
+        return self._guide(cond, unconditional, scale)
+
+    def _forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        stamps = t.to(x.device).expand(len(x))
+        if self.unet is not None:
+            return self.unet(x, stamps, class_labels=labels, return_dict=False)[0]
+        return self.transformer(x, timestep=stamps, class_labels=labels, return_dict=False)[0]
+
+    def _finished(self, x: torch.Tensor, output_type: str) -> Any:
+        if output_type == "latent":
+            return x
+        images = (x / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.permute(0, 2, 3, 1).float().cpu().numpy()
+        if output_type == "np":
+            return array
+        if array.shape[-1] not in (1, 3):
+            raise ValueError(f"output_type 'pil' needs 1 or 3 channels, not {array.shape[-1]}; use np or pt")
+        pixels = (array * 255).round().astype(np.uint8)
+        return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
