@@ -23,7 +23,7 @@ from diffstill.models.adapters import dit, unet2d
 from diffstill.models.card import write_card
 from diffstill.models.denoiser import Denoiser
 from diffstill.models.folder import load_model, save_model
-from diffstill.models.lineage import DataRef, Lineage, recipe_sha256, weights_sha256
+from diffstill.models.lineage import Ancestor, DataRef, Lineage, recipe_sha256, weights_sha256
 
 NAMES = ["zero", "one", "two"]
 
@@ -413,6 +413,9 @@ def test_a_lineage_remembers_every_ancestor(tmp_path: Path) -> None:
     assert child.teacher.teacher is not None
     assert child.teacher.teacher.weights_sha256 == grandparent.weights_sha256
     assert child.teacher.teacher.teacher is None
+    foreign_teacher = Lineage.new("d", "dash", teacher=Ancestor(name="theirs", method="", weights_sha256="0" * 64))
+    assert foreign_teacher.stages == ["dash"]
+    assert foreign_teacher.teacher == Ancestor(name="theirs", method="", weights_sha256="0" * 64)
     assert load_model(tmp_path / "b").lineage == parent
     assert parent.recipe == recipe
 

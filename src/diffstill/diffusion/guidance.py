@@ -1,6 +1,6 @@
 """Classifier-free guidance (Ho & Salimans 2022): the one place where the formula stands.
 
-This file also travels inside every exported model folder, next to ``pipeline.py``; it imports torch and nothing else.
+Its text also travels inside every exported model folder, as part of ``pipeline.py``; it imports torch and nothing else.
 ``guidance_scale`` s = 1 is purely conditional; the papers' ``w`` of Meng et al. is s - 1.
 """
 
@@ -71,7 +71,7 @@ GuidanceSchedule = Union[Constant, TAG, Interval]  # noqa: UP007
 
 
 def parse_guidance(text: Union[str, float, GuidanceSchedule]) -> GuidanceSchedule:  # noqa: UP007
-    """``"2"``, ``"tag"``, ``"tag:1,4,5"`` (s_min, s_max, beta) or ``"interval:3,0.2,0.8"`` (s, lo, hi as fractions of T).
+    """``"2"``, ``"tag"``, ``"tag:1,4,5"`` (s_min, s_max, beta) or ``"interval:3,0.2,0.8"`` (s, lo, hi in parts of T).
 
     Raises:
         ValueError: for anything else, with the accepted forms in the message.

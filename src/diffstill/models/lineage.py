@@ -64,11 +64,16 @@ class Lineage(_Record):
         *,
         recipe: Mapping[str, Any] | None = None,
         data: DataRef | None = None,
-        teacher: Lineage | None = None,
+        teacher: Lineage | Ancestor | None = None,
         images_seen: int = 0,
         seeds: Sequence[int] = (),
     ) -> Lineage:
-        """The lineage of a model made now; its chain of stages is the teacher's plus ``method``."""
+        """The lineage of a model made now; its chain of stages is the teacher's plus ``method``.
+
+        A teacher that diffstill did not make has no lineage: give what is known of it as an ``Ancestor``.
+        """
+        ancestor = teacher.as_ancestor() if isinstance(teacher, Lineage) else teacher
+        before = teacher.stages if isinstance(teacher, Lineage) else []
         return cls(
             name=name,
             method=method,
@@ -76,8 +81,8 @@ class Lineage(_Record):
             recipe=dict(recipe or {}),
             recipe_sha256=recipe_sha256(recipe) if recipe else "",
             data=data,
-            teacher=teacher.as_ancestor() if teacher else None,
-            stages=[*(teacher.stages if teacher else []), method],
+            teacher=ancestor,
+            stages=[*before, method],
             images_seen=images_seen,
             seeds=list(seeds),
         )
