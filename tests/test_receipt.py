@@ -127,11 +127,12 @@ def test_subject(receipt: Receipt) -> None:
     teacher, student = receipt.models["teacher"], receipt.models["student"]
 
     def subject(**models: object) -> object:
-        return receipt.model_copy(update={"models": models}).subject
+        return Receipt.model_validate(receipt.model_dump() | {"models": models}).subject
 
     assert subject(student=student, teacher=teacher) == ("student", student)
     assert subject(teacher=teacher) == ("teacher", teacher)
-    assert subject(teacher=teacher, stage1=student, stage2=student) == ("stage2", student)
+    assert subject(stage2=student, teacher=teacher, stage1=student) == ("stage2", student)
+    assert subject(zebra=teacher, student=student) == ("student", student)
     assert subject() is None
 
 

@@ -51,9 +51,9 @@ def headline(arena: ArenaResult, budget: Budget = "equal_steps") -> Markup | Non
     panel.axes.set_xlim(right=panel.axes.get_xlim()[1] * 1.22)
     best, floor = arena.teacher.best, arena.protocol.floor
     if best is not None and best.fd.value is not None:
-        panel.reference(best.fd.value, f"teacher {words.number(best.fd.value)}", axis="x")
+        panel.upright(best.fd.value, f"teacher {words.number(best.fd.value)}", "left")
     if floor is not None and floor.value is not None:
-        panel.reference(floor.value, f"real {words.number(floor.value)}", axis="x")
+        panel.upright(floor.value, f"real {words.number(floor.value)}", "right")
     return panel.svg()
 
 
@@ -67,7 +67,7 @@ def dots(
     if not shown:
         return None
     if ideal is not None:
-        panel.reference(ideal, "teacher", axis="x")
+        panel.upright(ideal, "teacher")
     if spans_decades(shown):
         panel.log_axis("x")
     elif min(shown) >= 0:

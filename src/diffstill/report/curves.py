@@ -118,7 +118,7 @@ def probe_curves(probe: Mapping[str, Points], title: str) -> Markup | None:
         panel.axes.plot(x, y, color=colour, marker=marker, markersize=4.5, linewidth=1.8, label=f"gap {name}")
     panel.axes.set_ylim(bottom=min(0.0, *(y.min() for _, y in drawn.values())))
     panel.axes.set_ylim(top=max(1.1, panel.axes.get_ylim()[1]))
-    panel.reference(0.5, "collapsed under this ratio")
+    panel.level(0.5, "collapsed under this ratio")
     _images_axis(panel.axes)
     panel.legend()
     return panel.svg()

@@ -40,7 +40,7 @@ def _write(template: str, out: str | Path, title: str, **content: Any) -> Path:
 
 
 def _yaml(recipe: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True) if recipe else ""
+    return yaml.safe_dump(dict(recipe), sort_keys=True, allow_unicode=True) if recipe else ""
 
 
 def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path:
@@ -196,9 +196,10 @@ def write_arena(arena: ArenaResult, out: str | Path, run_dir: str | Path | None 
         kicker=f"arena \u00b7 {arena.data.name} \u00b7 up to {seeds} training seeds an arm",
         lead=arena_views.lead(arena),
         warnings=[
-            f"{arm.label}: the gap ratio fell under 0.5 in {alarms} of {len(arm.seeds)} trainings."
+            f"{arm.label}: the gap ratio fell under 0.5 in {alarms} of {len(arm.at(budget))} trainings."
+            for budget in arena.budgets()[:1]
             for arm in arena.arms
-            if (alarms := sum(seed.collapse_alarm for seed in arm.seeds))
+            if (alarms := sum(seed.collapse_alarm for seed in arm.at(budget)))
         ],
         metric=metric,
         own=reference.label if reference else None,

@@ -69,9 +69,11 @@ def sweep(
     panel = Panel(title, "guidance scale")
     places = _guidance_places(panel, [point.guidance for model in models.values() for point in model.sweep])
     shown: list[float] = []
+    lows: list[float] = []
     for (name, style), model in zip(styles(list(models)).items(), models.values(), strict=True):
         found = [(p.guidance, e) for p in model.sweep if (e := getattr(p, quantity)) is not None]
         shown += [e.value for _, e in found if e.value is not None]
+        lows += [e.low for _, e in found if e.low is not None]
         constant = sorted((places[g], i) for i, (g, _) in enumerate(found) if words.constant_scale(g) is not None)
         errorbar(panel, [x for x, _ in constant], [found[i][1] for _, i in constant], label=plain(name), **style)
         named = [(places[g], e) for g, e in found if words.constant_scale(g) is None]
@@ -79,14 +81,15 @@ def sweep(
         errorbar(panel, [x for x, _ in named], [e for _, e in named], linestyle="", **style)
     if not shown:
         return None
+    if floor is not None and floor.value is not None:
+        panel.level(floor.value, f"real test images {words.number(floor.value)}")
     if quantity == "class_agreement":  # a share, most often near 1: from the tenth below the lowest
-        panel.axes.set_ylim(max(0.0, math.floor(10 * min(shown) - 0.3) / 10), 1.01)
+        bottom = max(0.0, math.floor(10 * min(shown + lows)) / 10)
+        panel.axes.set_ylim(bottom, 1 + 0.04 * (1 - bottom))
     elif spans_decades(shown):
         panel.log_axis("y")
     else:
         panel.axes.set_ylim(bottom=0)
-    if floor is not None and floor.value is not None:
-        panel.reference(floor.value, f"real test images {words.number(floor.value)}")
     panel.legend()
     return panel.svg()
 
@@ -123,7 +126,7 @@ def fidelity_bins(
         errorbar(panel, places, values, linestyle="-" if by == "timestep" else "", label=plain(name), **style)
     low, high = panel.axes.get_ylim()
     panel.axes.set_ylim(bottom=min(0.0, low), top=max(1.12 * ideal, high))
-    panel.reference(ideal, "teacher")
+    panel.level(ideal, "teacher")
     short = [plain(re.sub(r"^(t|class)\s+", "", label)) for label in labels]
     panel.category_ticks(short)
     panel.legend()
@@ -132,15 +135,19 @@ def fidelity_bins(
 
 def curriculum(weights: Mapping[str, Sequence[float]]) -> Markup | None:
     """Effective loss weight per timestep, as a fraction of t / T; 1 is what uniform weights give."""
-    drawn = {name: values for name, values in weights.items() if len(values)}
-    if not drawn:
+    names: dict[tuple[float, ...], list[str]] = {}
+    for name, values in weights.items():
+        names.setdefault(tuple(values), []).append(name)
+    names.pop((), None)
+    if not names:
         return None
     panel = Panel("Loss weight by timestep", "t / T (0 is the clean image)")
-    for (name, values), colour in zip(drawn.items(), SERIES * len(drawn), strict=False):
+    # A curriculum that a student took over from its teacher is one line with two names.
+    for (values, shared), colour in zip(names.items(), SERIES * len(names), strict=False):
         edges = np.linspace(0, 1, len(values) + 1)
-        panel.axes.stairs(values, edges, color=colour, linewidth=1.8, label=plain(name), baseline=None)
-    panel.axes.set_ylim(bottom=0)
-    panel.reference(1.0, "uniform")
+        panel.axes.stairs(values, edges, color=colour, linewidth=1.8, label=plain(", ".join(shared)), baseline=None)
+    panel.level(1.0, "uniform")
+    panel.axes.set_ylim(bottom=0, top=1.25 * max(1.0, *(max(values) for values in names)))
     panel.legend()
     return panel.svg()
 

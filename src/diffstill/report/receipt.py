@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
 from typing_extensions import Self
 
 from .. import __version__
@@ -173,17 +173,20 @@ class Receipt(Document):
     training: list[TrainingSummary] = []
     warnings: list[str] = []
 
+    @field_validator("models")
+    @classmethod
+    def _in_order(cls, models: dict[str, ModelEvaluation]) -> dict[str, ModelEvaluation]:
+        """Teacher first, student last: JSON keeps no order, and a page made again is to be the same page."""
+        return dict(sorted(models.items(), key=lambda item: (item[0] != "teacher", item[0] == "student", item[0])))
+
     @property
     def teacher(self) -> ModelEvaluation | None:
         return self.models.get("teacher")
 
     @property
     def subject(self) -> tuple[str, ModelEvaluation] | None:
-        """The (role, model) the run is about: the student, else the last model that is not the teacher, else that."""
-        others = [item for item in self.models.items() if item[0] != "teacher"]
-        if "student" in self.models:
-            return "student", self.models["student"]
-        return others[-1] if others else next(iter(self.models.items()), None)
+        """The (role, model) the run is about: the student, else the last that is not the teacher, else the teacher."""
+        return list(self.models.items())[-1] if self.models else None
 
 
 def environment(device: str | torch.device = "cpu") -> Environment:

@@ -26,6 +26,8 @@ _COLOURS = {INK: "var(--ink)", MUTED: "var(--muted)", LINE: "var(--line)"} | {
 }
 _COLOUR = re.compile("|".join(_COLOURS))
 
+REFERENCE: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 1.5}
+
 
 def plain(text: str) -> str:
     """A user's string as matplotlib text: no mathtext, and no leading underscore, which hides a legend entry."""
@@ -73,19 +75,16 @@ class Panel:
         if len(handles) > 1:
             self.axes.legend(handles, labels, frameon=False, fontsize=9, labelcolor=INK, handlelength=1.6)
 
-    def reference(self, value: float, label: str, *, axis: str = "y") -> None:
-        """A dashed line across the plot, named at its end."""
-        axes = self.axes
-        style: dict[str, Any] = {"color": MUTED, "linewidth": 1, "linestyle": (0, (4, 3)), "zorder": 1.5}
-        text: dict[str, Any] = {"textcoords": "offset points", "fontsize": 8.5, "color": MUTED}
-        if axis == "y":
-            axes.axhline(value, **style)
-            along = axes.get_yaxis_transform()
-            axes.annotate(plain(label), (1.0, value), (0, 3), xycoords=along, ha="right", va="bottom", **text)
-        else:
-            axes.axvline(value, **style)
-            along = axes.get_xaxis_transform()
-            axes.annotate(plain(label), (value, 1.0), (0, 3), xycoords=along, ha="center", va="bottom", **text)
+    def level(self, value: float, label: str) -> None:
+        """A dashed line at a height, named in the legend."""
+        self.axes.axhline(value, label=plain(label), **REFERENCE)
+
+    def upright(self, value: float, label: str, side: str = "center") -> None:
+        """A dashed line across the rows of a horizontal plot, named above its end; ``side``: where the name hangs."""
+        self.axes.axvline(value, **REFERENCE)
+        place: dict[str, Any] = {"xycoords": self.axes.get_xaxis_transform(), "textcoords": "offset points"}
+        text = self.axes.annotate(plain(label), (value, 1.0), (0, 3), ha=side, va="bottom", **place)
+        text.set(fontsize=8.5, color=MUTED)
 
     def log_axis(self, axis: str, written: Callable[[float], str] = "{:g}".format) -> None:
         """A log scale with plain numbers at 1, 2 and 5 (at 1 alone where there are many decades)."""

@@ -284,7 +284,9 @@ def protocol_facts(protocol: Protocol) -> list[tuple[str, str]]:
 
 
 def data_facts(data: DataSummary) -> list[tuple[str, str]]:
-    splits = ", ".join(f"{name} {words.count(size)}" for name, size in data.splits.items())
+    splits = ", ".join(
+        f"{name} {words.count(size)}" for name, size in sorted(data.splits.items(), key=lambda item: -item[1])
+    )
     return [
         ("data", f"{data.name} ({data.fingerprint})"),
         ("splits", splits),

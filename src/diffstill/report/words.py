@@ -75,13 +75,13 @@ def tick(value: float) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """``8.3 ms``, ``41 s``, ``2 min 49 s``, ``1 h 02 min``."""
+    """``8.31 ms``, ``41.4 s``, ``2 min 49 s``, ``1 h 02 min``."""
     if value is None or not math.isfinite(value):
         return MISSING
     if value < 1:
         return f"{number(value * 1000)}{THIN}ms" if value >= 1e-3 else f"{number(value * 1e6)}{THIN}µs"
     if value < 59.5:
-        return f"{value:.1f}{THIN}s" if value < 9.95 else f"{value:.0f}{THIN}s"
+        return f"{number(value)}{THIN}s"
     minutes, rest = divmod(round(value), 60)
     if minutes < 60:
         return f"{minutes}{THIN}min {rest:02d}{THIN}s"
@@ -185,9 +185,9 @@ def _cost_sentence(role: str, model: ModelEvaluation, teacher: ModelEvaluation |
 
 
 def _fewer(theirs: float, mine: float, what: str) -> str:
-    if theirs >= mine:
-        return f"{times(theirs, mine)} fewer {what}"
-    return f"{times(mine, theirs)} more {what}"
+    if theirs == mine:
+        return f"no fewer {what}"
+    return f"{times(theirs, mine)} fewer {what}" if theirs > mine else f"{times(mine, theirs)} more {what}"
 
 
 def _quality_sentence(receipt: Receipt, role: str, model: ModelEvaluation, teacher: ModelEvaluation | None) -> str:
