@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = parse(argv)
         _quieten()
         return int(arguments.run(arguments) or 0)
     except DiffstillError as error:
@@ -43,6 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"diffstill: {_unforeseen(error)}", file=sys.stderr)
         return 1
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; overrides may also follow options, which argparse by itself refuses.
+
+    Raises:
+        InputError: for whatever it does not understand.
+    """
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    late = [word for word in rest if not word.startswith("-")]
+    if rest and (late != rest or not hasattr(arguments, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if late:
+        arguments.overrides = [*arguments.overrides, *late]
+    return arguments
 
 
 def _unforeseen(error: Exception) -> str:

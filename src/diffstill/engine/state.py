@@ -143,10 +143,15 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Restores what ``pack_optimizer`` gave, into an optimizer over the same parameters in the same order."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
-        index, _, key = name.partition("/")
-        state.setdefault(int(index), {})[key] = value
+        number, _, key = name.partition("/")
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape:
+            # Files hold contiguous tensors; fused kernels want moments laid out as the (channels_last) parameter is.
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        state.setdefault(int(number), {})[key] = value
     whole = optimizer.state_dict()
     whole["state"] = state
     optimizer.load_state_dict(whole)
