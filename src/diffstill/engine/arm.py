@@ -48,7 +48,7 @@ class Arm:
             if how.clip:
                 self._clipped += trained
             method.replace_role(role, runtime.wrap(network))
-        if _compiles(settings, runtime):
+        if runtime.compiles(settings.compile) and method.compiles:
             unwrap(method.student.network).compile()
         method.student.autocast_dtype = runtime.dtype(settings.precision)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
@@ -57,8 +57,10 @@ class Arm:
 
     @property
     def student(self) -> Denoiser:
-        """The EMA student: what is probed, evaluated and saved."""
-        return self.method.student.with_network(self.ema["student"].network)
+        """The EMA student in float32: what is probed, evaluated and saved."""
+        made = self.method.student.with_network(self.ema["student"].network)
+        made.autocast_dtype = None
+        return made
 
     def learning_rate(self, images_seen: int) -> float:
         """Linear warm-up, then cosine from ``lr`` to ``lr_min``: a pure function of the images seen."""
@@ -154,10 +156,6 @@ class Arm:
         self.sums = {name: value.to(device) for name, value in part("sum/").items()}
         self.count, self.seconds = meta["count"], meta["seconds"]
         self.alarm, self.failed = meta["alarm"], meta["failed"]
-
-
-def _compiles(settings: TrainSettings, runtime: Runtime) -> bool:
-    return settings.compile is True or (settings.compile == "auto" and runtime.device.type == "cuda")
 
 
 def union_of_needs(arms: list[Arm]) -> frozenset[str]:

@@ -66,7 +66,7 @@ class Trainer:
         on_progress: Callable[[Progress], None] | None = None,
     ) -> None:
         self.arms, self.stream, self.settings, self.runtime = arms, stream, settings, runtime
-        self.run_dir, self.teacher, self.probe, self.timed = run_dir, teacher, probe, timed
+        self.run_dir, self.probe, self.timed = run_dir, probe, timed
         self.on_progress = on_progress
         self.folder = run_dir / "checkpoints"
         self.log = RunLog(run_dir / "log.jsonl" if runtime.is_main else None)
@@ -75,10 +75,16 @@ class Trainer:
         self.seconds = 0.0
         self.warnings: list[str] = []
         stream.channels_last(settings.channels_last)
-        if teacher is not None:
-            teacher.freeze()
-            runtime.place(teacher.network, settings.channels_last)
-            teacher.autocast_dtype = runtime.dtype(settings.teacher_precision)
+        self.teacher = None if teacher is None else self._training_view(teacher)
+
+    def _training_view(self, teacher: Denoiser) -> Denoiser:
+        """The frozen teacher in training precision, compiled where that is on; the one given stays as it is."""
+        self.runtime.place(teacher.freeze().network, self.settings.channels_last)
+        view = teacher.with_network(teacher.network)
+        if self.runtime.compiles(self.settings.compile) and "features" not in union_of_needs(self.arms):
+            view = teacher.with_network(torch.compile(teacher.network))  # type: ignore[arg-type]
+        view.autocast_dtype = self.runtime.dtype(self.settings.teacher_precision)
+        return view
 
     def run(self) -> None:
         """The whole training.

@@ -49,6 +49,10 @@ class Runtime:
             precision = "bf16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
         return torch.bfloat16 if precision == "bf16" else None
 
+    def compiles(self, asked: bool | str) -> bool:
+        """Whether to use torch.compile; ``auto`` means on CUDA (on a CPU the warm-up outlasts short runs)."""
+        return asked is True or (asked == "auto" and self.device.type == "cuda")
+
     def place(self, network: nn.Module, channels_last: bool) -> nn.Module:
         """On the device, in the memory format that convolutions like."""
         layout: dict[str, Any] = {"memory_format": torch.channels_last} if channels_last else {}

@@ -19,6 +19,7 @@ class RunFolder:
 
     Args:
         fresh: throw away what an earlier run left here.
+        write: False on all processes but the first, which alone looks at the folder.
 
     Raises:
         InputError: where the folder holds a run of another recipe (the differing keys are named), or other files.
@@ -26,25 +27,26 @@ class RunFolder:
 
     def __init__(self, path: Path, recipe: Mapping[str, Any], *, fresh: bool = False, write: bool = True) -> None:
         self.path = path
+        if not write:
+            return
         file = path / "recipe.yaml"
         if path.exists() and not path.is_dir():
             raise InputError("out", str(path), "give a folder", problem="is a file")
-        if fresh and file.exists() and write:
+        if fresh and file.exists():
             # Only a folder that is known to be a run is ever emptied.
             shutil.rmtree(path)
         if file.exists():
             self._same(file, recipe)
-        elif path.exists() and any(path.iterdir()) and write:
+        elif path.exists() and any(path.iterdir()):
             raise InputError("out", str(path), "choose an empty or new folder", problem="holds files that are no run")
-        if write:
-            try:
-                path.mkdir(parents=True, exist_ok=True)
-                if not file.exists():
-                    beside = path / ".recipe.yaml"
-                    beside.write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True), "utf-8")
-                    os.replace(beside, file)
-            except OSError as error:
-                raise RunFailed(f"cannot write to {path}: {error}") from error
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            if not file.exists():
+                beside = path / ".recipe.yaml"
+                beside.write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True), "utf-8")
+                os.replace(beside, file)
+        except OSError as error:
+            raise RunFailed(f"cannot write to {path}: {error}") from error
 
     def _same(self, file: Path, recipe: Mapping[str, Any]) -> None:
         try:

@@ -151,6 +151,8 @@ class Method(ABC):
     """Of ``cond``, ``null``, ``features``; may be set per instance from the options."""
     student_passes: int = 1
     """Student forwards an image and step; what ``--dry-run`` predicts with."""
+    compiles: ClassVar[bool] = True
+    """False where the student must not be compiled (hooks on its stages come and go)."""
     guided: bool = True
     """False for students that have no live null branch and are sampled in one pass."""
     copy_parts: ClassVar[Mapping[str, float]] = {}

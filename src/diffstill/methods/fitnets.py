@@ -32,6 +32,7 @@ class FitNets(Composite):
     options_class = FitNetsOptions
     teacher_needs = frozenset({"cond", "null", "features"})
     copy_parts = {"composite": 0.0}
+    compiles = False
 
     def __init__(self, setting: Setting, options: Options) -> None:
         super().__init__(setting, options)
