@@ -23,6 +23,8 @@ from .state import latest_name, load_latest, save_checkpoint
 from .stream import BatchStream, micro_batches
 
 COLLAPSE_RATIO = 0.5
+REUSE_WINDOW = 8
+"""Batches that come round again together under ``teacher_reuse``."""
 STOP_EVERY = 8
 """Steps between agreements of several processes on a signal or a due checkpoint."""
 
@@ -74,6 +76,7 @@ class Trainer:
         self.images_seen = 0
         self.seconds = 0.0
         self.warnings: list[str] = []
+        self._cache: dict[int, list[tuple[Batch, TeacherOutputs | None]]] = {}
         stream.channels_last(settings.channels_last)
         self.teacher = None if teacher is None else self._training_view(teacher)
 
@@ -141,34 +144,55 @@ class Trainer:
         if not active:
             self.images_seen = self.total
             return
-        whole = self.stream.batch(self.images_seen)
-        parts = micro_batches(whole, self.settings.micro_batch)
-        wants = union_of_needs(active)
-        for number, part in enumerate(parts):
-            teacher = self._teacher_outputs(part, wants, active)
+        parts = self._parts(active)
+        total = sum(part.size for part, _ in parts)
+        for number, (part, teacher) in enumerate(parts):
+            if teacher is not None and self.timed:
+                self._compute_timed(teacher, active)
             for arm in active:
                 clock = self._tick()
                 # Network dropout is the one draw that torch keeps globally; every arm gets the same stream.
                 torch.manual_seed(stream_seed(self.stream.seed, "dropout", self.images_seen, number, self.runtime.rank))
-                arm.backward(part, teacher, part.size / whole.size, number == len(parts) - 1)
+                arm.backward(part, teacher, part.size / total, number == len(parts) - 1)
                 if number == len(parts) - 1:
                     arm.update(self.images_seen)
                 arm.seconds += self._tick() - clock
         self.images_seen += self.settings.batch_size
 
-    def _teacher_outputs(self, part: Batch, wants: frozenset[str], active: list[Arm]) -> TeacherOutputs | None:
-        if self.teacher is None or not wants:
-            return None
+    def _parts(self, active: list[Arm]) -> list[tuple[Batch, TeacherOutputs | None]]:
+        """The step's micro-batches with their teacher outputs. With ``teacher_reuse`` r, windows of batches come r times
+        and the teacher is asked only the first time: a pure function of images_seen either way."""
+        shown, window = self._shown(self.images_seen)
+        if shown not in self._cache or self.settings.teacher_reuse == 1:
+            wants = union_of_needs(active)
+            asks = self.teacher is not None and bool(wants)
+            made = [
+                (part, TeacherOutputs(self.teacher, part, wants) if asks and self.teacher is not None else None)
+                for part in micro_batches(self.stream.batch(shown), self.settings.micro_batch)
+            ]
+            self._cache = {key: value for key, value in self._cache.items() if key in window}
+            self._cache[shown] = made
+        return self._cache[shown]
+
+    def _shown(self, images_seen: int) -> tuple[int, range]:
+        """Which position of the stream the step at ``images_seen`` shows, and the positions of its window."""
+        size, reuse = self.settings.batch_size, self.settings.teacher_reuse
+        if reuse == 1:
+            return images_seen, range(images_seen, images_seen + 1)
+        step = images_seen // size
+        first = step // (REUSE_WINDOW * reuse) * REUSE_WINDOW * size
+        return first + step % REUSE_WINDOW * size, range(first, first + REUSE_WINDOW * size)
+
+    def _compute_timed(self, outputs: TeacherOutputs, active: list[Arm]) -> None:
+        if outputs.computed:
+            return
         clock = self._tick()
-        outputs = TeacherOutputs(self.teacher, part, wants)
-        if self.timed:
-            outputs.compute()
-            spent = self._tick() - clock
-            branches = len(wants & {"cond", "null"})
-            for arm in active:
-                # What the arm would have paid alone: its own number of teacher branches.
-                arm.seconds += spent * len(arm.method.teacher_needs & {"cond", "null"}) / branches
-        return outputs
+        outputs.compute()
+        spent = self._tick() - clock
+        branches = len(union_of_needs(active) & {"cond", "null"})
+        for arm in active:
+            # What the arm would have paid alone: its own number of teacher branches.
+            arm.seconds += spent * len(arm.method.teacher_needs & {"cond", "null"}) / branches
 
     def _tick(self) -> float:
         if self.timed:

@@ -28,6 +28,9 @@ class TrainSettings(BaseModel):
     ema_cap: bool = Field(True, description="cap the decay by (1+n)/(10+n), so short runs forget their start")
     precision: Precision = Field("auto", description="auto: bf16 autocast on CUDA, fp32 on the CPU")
     teacher_precision: Precision = Field("auto", description="of the frozen teacher's forward")
+    teacher_reuse: int = Field(
+        1, ge=1, description="student updates that each computed teacher output serves (docs/decisions.md: its price)"
+    )
     compile: Literal["auto", True, False] = Field("auto", description="torch.compile; auto: on CUDA")
     channels_last: bool = True
     log_every: int = Field(50, gt=0, description="steps between log records")

@@ -78,6 +78,11 @@ class TeacherOutputs:
                 return None, teacher.null(b.x_t, b.t), {}
             return teacher(b.x_t, b.t, b.labels), None, dict(features)
 
+    @property
+    def computed(self) -> bool:
+        """Whether the teacher has been run for this batch."""
+        return "_computed" in self.__dict__
+
     def compute(self) -> None:
         """Runs the teacher now, where a caller wants to time it."""
         _ = self._computed
