@@ -160,7 +160,7 @@ class Trainer:
         self.images_seen += self.settings.batch_size
 
     def _parts(self, active: list[Arm]) -> list[tuple[Batch, TeacherOutputs | None]]:
-        """The step's micro-batches with their teacher outputs. With ``teacher_reuse`` r, windows of batches come r times
+        """The step's micro-batches and teacher outputs. With ``teacher_reuse`` r, windows of batches come r times
         and the teacher is asked only the first time: a pure function of images_seen either way."""
         shown, window = self._shown(self.images_seen)
         if shown not in self._cache or self.settings.teacher_reuse == 1:

@@ -1,0 +1,293 @@
+"""One protocol for every model: the same noise, labels, reference, extractor and guidance settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..diffusion.guidance import Constant, GuidanceSchedule, parse_guidance
+from ..diffusion.sampling import ClipMode, count_nfe
+from ..errors import InputError
+from ..models.denoiser import Denoiser
+from ..models.lineage import weights_sha256
+from .cost import measure_cost
+from .features import Extractor, extract
+from .frechet import FeatureStats, frechet_estimate
+from .guidance_fidelity import check_comparable, measure_fidelity
+from .intervals import pool, proportion
+from .neighbours import Manifold, kid_estimate, precision_recall
+from .processes import gather_rows, share
+from .results import Cost, Estimate, Fidelity, ModelEvaluation, Protocol, ScalePoint
+from .sampling import sample_images
+
+if TYPE_CHECKING:
+    from ..data.dataset import ImageData
+    from ..data.sources import DataSplits
+
+Progress = Callable[[float, str], None]
+"""Called with the share of the work done, 0 to 1, and a few words on what is being done."""
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """How a model is measured; equal settings, equal protocol."""
+
+    samples: int = 1000
+    """Generated images a seed and guidance setting; distances are biased upward at small numbers, alike for all."""
+    steps: int = 50
+    guidance: tuple[str, ...] = ("1", "1.5", "2", "3", "4", "tag:1,4,5")
+    seeds: tuple[int, ...] = (0,)
+    """Sampling seeds. From three on, intervals come from their spread."""
+    pairs: int = 2000
+    """Held-out (x_t, t, y) for guidance fidelity."""
+    batch_size: int = 500
+    clip: ClipMode = "recompute"
+    kid_subsets: int = 50
+    kid_subset: int = 250
+    neighbours: int = 3
+    """k of precision and recall."""
+    neighbour_points: int = 10_000
+    """Points a manifold is built of at most; KID draws its reference subsets from the same ones."""
+    bootstrap: int = 200
+    cost_batches: tuple[int, ...] = (1, 64)
+    cost_seconds: float = 4.0
+    """Time for the latency runs of one batch size; two runs are made in any case."""
+
+    def __post_init__(self) -> None:
+        if self.samples < 2 * (self.neighbours + 1):
+            raise InputError("evaluation.samples", self.samples, f"use {2 * (self.neighbours + 1)} or more")
+        for name in ("steps", "pairs", "batch_size", "kid_subsets", "neighbours", "neighbour_points"):
+            if getattr(self, name) < 1:
+                raise InputError(f"evaluation.{name}", getattr(self, name), "use 1 or more")
+        for name in ("guidance", "seeds"):
+            if not getattr(self, name):
+                raise InputError(f"evaluation.{name}", getattr(self, name), "give at least one")
+        try:
+            self.schedules()
+        except ValueError as error:
+            raise InputError("evaluation.guidance", list(self.guidance), str(error)) from None
+
+    def schedules(self) -> list[GuidanceSchedule]:
+        """The guidance settings, parsed."""
+        return [parse_guidance(text) for text in self.guidance]
+
+
+class Evaluator:
+    """Measures models against one data set under one protocol.
+
+    The reference is the training split, the held-out test split stands beside it, and their own distance is the
+    floor: no honest generator gets below it at that number of images. With several processes each samples its share
+    of the images; all return the same results.
+
+    Args:
+        data: needs a training split; without test images there is no floor and no ``fd_test``.
+        extractor: on the device it is to run on. Models are evaluated on their own device.
+    """
+
+    def __init__(self, data: DataSplits, extractor: Extractor, settings: EvalSettings | None = None) -> None:
+        self.data, self.extractor = data, extractor
+        self.settings = settings or EvalSettings()
+        if len(data.train) < 2 * (self.settings.neighbours + 1):
+            raise InputError("data", f"{data.name} with {len(data.train)} training images", "use more images")
+        features = self._features(data.train.images)
+        self._reference = FeatureStats.of(features)
+        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
+        self._points = features[order[: self.settings.neighbour_points]]
+        self._manifold = Manifold(self._points, self.settings.neighbours)
+        self._test: FeatureStats | None = None
+        floor = None
+        if len(data.test) >= 2:
+            held_out = self._features(data.test.images)
+            self._test, floor = FeatureStats.of(held_out), frechet_estimate(held_out, self._reference)
+        self.protocol = Protocol(
+            extractor=extractor.info,
+            reference=f"{data.name} train, {len(data.train)} images",
+            reference_sha256=data.train.fingerprint(),
+            samples=self.settings.samples,
+            steps=self.settings.steps,
+            clip=self.settings.clip,
+            guidance=[str(schedule) for schedule in self.settings.schedules()],
+            seeds=list(self.settings.seeds),
+            floor=floor,
+        )
+
+    def evaluate(
+        self,
+        denoiser: Denoiser,
+        name: str,
+        method: str = "",
+        *,
+        teacher: Denoiser | None = None,
+        guided: bool = True,
+        cost: bool = True,
+        progress: Progress | None = None,
+    ) -> ModelEvaluation:
+        """Everything there is to measure of one model: the sweep, the cost, and fidelity where a teacher is given.
+
+        Args:
+            denoiser: with the weights to be evaluated (the EMA's).
+            teacher: what the guidance gap is compared with, on held-out images; unguided students have none.
+            guided: False measures one setting, scale 1 in one pass a step.
+
+        Raises:
+            InputError: the model does not fit the data, or the teacher does not fit the model.
+        """
+        self._check(denoiser)
+        schedules: list[GuidanceSchedule] = self.settings.schedules() if guided else [Constant(1.0)]
+        compared = teacher if guided and len(self._held_out) else None
+        if compared is not None:
+            check_comparable(denoiser, compared, self._held_out)
+        meter = _Meter(progress, self._work(denoiser, schedules))
+        sweep = [self._point(denoiser, schedule, guided, meter) for schedule in schedules]
+        meter.say("guidance fidelity and cost")
+        fidelity = self._fidelity(denoiser, compared) if compared is not None else None
+        measured = self._cost(denoiser, guided) if cost else None
+        meter.finish()
+        return ModelEvaluation(
+            name=name,
+            method=method,
+            sha256=weights_sha256(denoiser.network),
+            guided=guided,
+            cost=measured,
+            sweep=sweep,
+            fidelity=fidelity,
+        )
+
+    def grid(
+        self,
+        denoiser: Denoiser,
+        guidance: GuidanceSchedule,
+        n_per_class: int = 8,
+        *,
+        guided: bool = True,
+        classes: int = 10,
+    ) -> Tensor:
+        """Images (n_per_class * K, C, H, W) uint8 for a picture, K = ``min(classes, num_classes)``: row by row,
+        column k of class k. The noise is the first seed's, so models can be set side by side image by image."""
+        columns = min(classes, denoiser.num_classes)
+        count = columns * n_per_class
+        return sample_images(
+            denoiser,
+            count,
+            guidance=guidance,
+            steps=self.settings.steps,
+            seed=self.settings.seeds[0],
+            batch_size=self.settings.batch_size,
+            clip=self.settings.clip,
+            labels=torch.arange(count) % columns,
+            guided=guided,
+        )
+
+    def _point(self, denoiser: Denoiser, schedule: GuidanceSchedule, guided: bool, meter: _Meter) -> ScalePoint:
+        """One guidance setting, pooled over the seeds."""
+        nfe = count_nfe(schedule, denoiser.schedule.T, self.settings.steps)
+        mine = share(self.settings.samples)
+        found: dict[str, list[Estimate]] = {}
+        for seed in self.settings.seeds:
+            images = sample_images(
+                denoiser,
+                len(mine),
+                guidance=schedule,
+                steps=self.settings.steps,
+                seed=seed,
+                batch_size=self.settings.batch_size,
+                clip=self.settings.clip,
+                first=mine.start,
+                guided=guided,
+                progress=lambda done: meter.at(done / len(mine) * nfe * self.settings.samples, f"guidance {schedule}"),
+            )
+            meter.add(nfe * self.settings.samples)
+            for metric, estimate in self._metrics(images, mine.start, denoiser.num_classes).items():
+                found.setdefault(metric, []).append(estimate)
+        return ScalePoint(guidance=str(schedule), nfe=nfe, **{metric: pool(each) for metric, each in found.items()})
+
+    def _metrics(self, images: Tensor, first: int, num_classes: int) -> dict[str, Estimate]:
+        """The metrics of one seed from this process's images (n, C, H, W) uint8, whose first has index ``first``."""
+        settings = self.settings
+        features = gather_rows(extract(self.extractor, images, settings.batch_size))
+        points = features[: settings.neighbour_points]
+        near = precision_recall(self._points, points, settings.neighbours, real_manifold=self._manifold)
+        found = {
+            "fd": frechet_estimate(features, self._reference),
+            "kid": kid_estimate(self._points, features, settings.kid_subsets, settings.kid_subset),
+            "precision": near.precision,
+            "recall": near.recall,
+        }
+        if self._test is not None:
+            found["fd_test"] = frechet_estimate(features, self._test)
+        logits = [self.extractor.classify(part) for part in images.split(settings.batch_size)]
+        known = [part for part in logits if part is not None]
+        if known:
+            labels = torch.arange(first, first + len(images)) % num_classes
+            right = gather_rows((torch.cat(known).argmax(1) == labels).long())
+            found["class_agreement"] = proportion(int(right.sum()), len(right))
+        return found
+
+    def _fidelity(self, denoiser: Denoiser, teacher: Denoiser) -> Fidelity:
+        return measure_fidelity(
+            denoiser,
+            teacher,
+            self._held_out,
+            pairs=self.settings.pairs,
+            seed=self.settings.seeds[0],
+            batch_size=self.settings.batch_size,
+            bootstrap=self.settings.bootstrap,
+        )
+
+    def _cost(self, denoiser: Denoiser, guided: bool) -> Cost:
+        return measure_cost(
+            denoiser,
+            steps=self.settings.steps,
+            guided=guided,
+            batches=self.settings.cost_batches,
+            budget_s=self.settings.cost_seconds,
+            clip=self.settings.clip,
+        )
+
+    @property
+    def _held_out(self) -> ImageData:
+        return self.data.test if len(self.data.test) else self.data.val
+
+    def _features(self, images: Tensor) -> Tensor:
+        mine = share(len(images))
+        return gather_rows(extract(self.extractor, images[mine.start : mine.stop], self.settings.batch_size))
+
+    def _work(self, denoiser: Denoiser, schedules: list[GuidanceSchedule]) -> float:
+        """Network evaluations of the sweep."""
+        once = sum(count_nfe(schedule, denoiser.schedule.T, self.settings.steps) for schedule in schedules)
+        return float(once * self.settings.samples * len(self.settings.seeds))
+
+    def _check(self, denoiser: Denoiser) -> None:
+        if denoiser.sample_shape != self.data.shape:
+            mend = f"evaluate it on data of that shape ({self.data.name} is {self.data.shape})"
+            raise InputError("model.sample_shape", denoiser.sample_shape, mend)
+        if denoiser.num_classes != self.data.num_classes:
+            mend = f"evaluate it on its own data ({self.data.name} has {self.data.num_classes} classes)"
+            raise InputError("model.num_classes", denoiser.num_classes, mend)
+        if self.settings.steps > denoiser.schedule.T:
+            raise InputError("evaluation.steps", self.settings.steps, f"use 1..{denoiser.schedule.T}")
+
+
+class _Meter:
+    """Turns network evaluations into a share of the work; the last tenth is for fidelity and cost."""
+
+    def __init__(self, progress: Progress | None, total: float) -> None:
+        self._progress, self._total, self._done = progress, total, 0.0
+
+    def at(self, inside: float, note: str) -> None:
+        if self._progress is not None:
+            self._progress(0.9 * (self._done + inside) / self._total, note)
+
+    def add(self, amount: float) -> None:
+        self._done += amount
+
+    def say(self, note: str) -> None:
+        self.at(0.0, note)
+
+    def finish(self) -> None:
+        if self._progress is not None:
+            self._progress(1.0, "done")
