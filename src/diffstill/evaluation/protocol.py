@@ -58,11 +58,11 @@ class EvalSettings:
     """Time for the latency runs of one batch size; two runs are made in any case."""
 
     def __post_init__(self) -> None:
-        if self.samples < 2 * (self.neighbours + 1):
-            raise InputError("evaluation.samples", self.samples, f"use {2 * (self.neighbours + 1)} or more")
-        for name in ("steps", "pairs", "batch_size", "kid_subsets", "neighbours", "neighbour_points"):
-            if getattr(self, name) < 1:
-                raise InputError(f"evaluation.{name}", getattr(self, name), "use 1 or more")
+        least = dict.fromkeys(("steps", "pairs", "batch_size", "kid_subsets", "neighbours"), 1)
+        least |= dict.fromkeys(("samples", "neighbour_points"), 2 * (self.neighbours + 1))
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise InputError(f"evaluation.{name}", getattr(self, name), f"use {low} or more")
         for name in ("guidance", "seeds"):
             if not getattr(self, name):
                 raise InputError(f"evaluation.{name}", getattr(self, name), "give at least one")
@@ -79,9 +79,9 @@ class EvalSettings:
 class Evaluator:
     """Measures models against one data set under one protocol.
 
-    The reference is the training split, the held-out test split stands beside it, and their own distance is the
-    floor: no honest generator gets below it at that number of images. With several processes each samples its share
-    of the images; all return the same results.
+    The reference is the training split and the held-out test split stands beside it. Their own distance is the
+    floor: what fresh images of the data itself score, in the number that the test split has. With several processes
+    each samples its share of the images; all return the same results.
 
     Args:
         data: needs a training split; without test images there is no floor and no ``fd_test``.
