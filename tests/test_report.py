@@ -281,7 +281,7 @@ def test_read_log_takes_its_own_arm_and_passes_over_the_rest(tmp_path: Path) -> 
         {"images": 20, "arm": "b", "loss": 7.0},
         {"images": 30, "arm": "a", "loss": 1.0},
         {"images": 30, "arm": "a", "loss": 2.0},
-        {"images": 30, "event": "rate", "images_per_s": 5.0, "loss": 100.0},
+        {"images": 30, "arm": "a", "event": "rate", "images_per_s": 5.0, "loss": 100.0},
         {"images": 30, "arm": "a", "event": "probe", "ratio": 0.4, "cosine": 0.3},
         {"images": "many", "arm": "a", "loss": 1.0},
         [1, 2],

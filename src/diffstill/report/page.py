@@ -13,12 +13,13 @@ import yaml
 from markupsafe import Markup
 
 from .. import __version__
-from ..evaluation.results import Estimate, ModelEvaluation
+from ..evaluation.results import Estimate, ModelEvaluation, Protocol
 from . import arena_views, compare, curves, plots, views, words
 from .arena import ArenaResult
-from .receipt import Receipt, write_text
+from .receipt import DataSummary, Environment, Receipt, write_text
 
 ROOM = Path(__file__).parent
+Facts = list[tuple[str, str]]
 
 
 @cache
@@ -54,27 +55,11 @@ def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path
     A model's picture ``grid`` shows samples at its best guidance, a row a class; ``sweep:<guidance>`` a few samples at
     that setting. All models and settings are to start from the same noise.
     """
-    run_dir, models = Path(run_dir), receipt.models
-    metric = receipt.protocol.extractor.name if receipt.protocol else "FD"
+    run_dir, models, subject = Path(run_dir), receipt.models, receipt.subject
     columns, sweep_rows = views.sweep_pictures(models, run_dir)
     grids = [
         (role, views.picture(run_dir, m.images.get("grid"), f"samples of the {role}")) for role, m in models.items()
     ]
-    fidelities = {role: m.fidelity for role, m in models.items() if m.fidelity is not None}
-    subject = receipt.subject
-    teacher = receipt.teacher.cost if receipt.teacher else None
-    student = subject[1].cost if subject and subject[0] != "teacher" else None
-    logs = [(t, curves.read_log(_inside(run_dir, t.curve), t.name)) for t in receipt.training]
-    bins = [
-        views.fidelity_table(f"Guidance fidelity of the {role}", chain([f.overall], f.by_timestep, f.by_class))
-        for role, f in fidelities.items()
-    ]
-    details = [
-        ("Data", views.data_facts(receipt.data)),
-        ("Environment", views.environment_facts(receipt.environment)),
-    ]
-    if receipt.protocol is not None:
-        details.insert(0, ("Protocol", views.protocol_facts(receipt.protocol)))
     return _write(
         "page.html.j2",
         out,
@@ -88,31 +73,53 @@ def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path
         sweep_columns=columns,
         sweep_rows=sweep_rows,
         wide=any(p.width > 2 * p.height for _, row in sweep_rows for p in row if p),
-        sweep_plots=_sweep_plots(models, receipt, metric),
-        sweep_caption=f"{metric}: Frechet distance between samples and the reference images; lower is better. "
-        "Whiskers: 95\u202f% intervals.",
-        fidelity_plots=[
-            plots.fidelity_bins(fidelities, "ratio", "Gap ratio by timestep"),
-            plots.fidelity_bins(fidelities, "cosine", "Gap cosine by timestep"),
-            plots.fidelity_bins(fidelities, "ratio", "Gap ratio by class", by="class"),
-            plots.fidelity_bins(fidelities, "cosine", "Gap cosine by class", by="class"),
-        ],
-        cost_plots=[plots.cost_bars(teacher, student), plots.frontier(_costs(models), f"Best {metric} against cost")]
-        if teacher and student
-        else [],
-        training_plots=[curves.loss_curves(log.losses, f"Loss: {t.name} ({t.method})") for t, log in logs]
-        + [curves.probe_curves(log.probe, f"Guidance while training: {t.name}") for t, log in logs]
-        + [plots.curriculum({t.name: t.curriculum for t in receipt.training})],
-        tables=[
-            views.sweep_table(models, metric),
-            *bins,
-            views.cost_table(models),
-            views.training_table(receipt),
-            views.lineage_table(receipt),
-        ],
-        details=details,
+        metric=_metric(receipt),
+        tables=_tables(receipt),
+        details=_details(receipt.protocol, receipt.data, receipt.environment),
         recipe=_yaml(receipt.recipe),
+        **_report_plots(receipt, run_dir),
     )
+
+
+def _report_plots(receipt: Receipt, run_dir: Path) -> dict[str, list[Markup | None]]:
+    models, subject = receipt.models, receipt.subject
+    teacher = receipt.teacher.cost if receipt.teacher else None
+    student = subject[1].cost if subject and subject[0] != "teacher" else None
+    frontier = plots.frontier(_costs(models), f"Best {_metric(receipt)} against cost")
+    logs = [(t, curves.read_log(_inside(run_dir, t.curve), t.name)) for t in receipt.training]
+    return {
+        "sweep_plots": _sweep_plots(models, receipt.protocol),
+        "fidelity_plots": [*_fidelity_plots(models, "timestep"), *_fidelity_plots(models, "class")],
+        "cost_plots": [plots.cost_bars(teacher, student), frontier] if teacher and student else [],
+        "training_plots": [
+            *(curves.loss_curves(log.losses, f"Loss: {t.name} ({t.method})") for t, log in logs),
+            *(curves.probe_curves(log.probe, f"Guidance while training: {t.name}") for t, log in logs),
+            plots.curriculum({t.name: t.curriculum for t in receipt.training}),
+        ],
+    }
+
+
+def _tables(receipt: Receipt) -> list[views.Table]:
+    fidelities = {role: m.fidelity for role, m in receipt.models.items() if m.fidelity is not None}
+    return [
+        views.sweep_table(receipt.models, _metric(receipt)),
+        *(
+            views.fidelity_table(f"Guidance fidelity of the {role}", chain([f.overall], f.by_timestep, f.by_class))
+            for role, f in fidelities.items()
+        ),
+        views.cost_table(receipt.models),
+        views.training_table(receipt),
+        views.lineage_table(receipt),
+    ]
+
+
+def _details(protocol: Protocol | None, data: DataSummary, environment: Environment) -> list[tuple[str, Facts]]:
+    told: list[tuple[str, Facts]] = [("Protocol", views.protocol_facts(protocol))] if protocol else []
+    return [*told, ("Data", views.data_facts(data)), ("Environment", views.environment_facts(environment))]
+
+
+def _metric(receipt: Receipt) -> str:
+    return receipt.protocol.extractor.name if receipt.protocol else "FD"
 
 
 def _inside(run_dir: Path, relative: str | None) -> Path:
@@ -125,12 +132,17 @@ def _costs(models: Mapping[str, ModelEvaluation]) -> dict[str, tuple[float, Esti
     return {name: (m.cost.flops_image, m.best.fd) for name, m in models.items() if m.cost and m.best}
 
 
-def _sweep_plots(models: Mapping[str, ModelEvaluation], receipt: Receipt, metric: str) -> list[Markup | None]:
-    floor = receipt.protocol.floor if receipt.protocol else None
+def _sweep_plots(models: Mapping[str, ModelEvaluation], protocol: Protocol | None) -> list[Markup | None]:
+    metric, floor = (protocol.extractor.name, protocol.floor) if protocol else ("FD", None)
     return [
         plots.sweep(models, "fd", f"{metric} over guidance", floor),
         plots.sweep(models, "class_agreement", "Class agreement over guidance"),
     ]
+
+
+def _fidelity_plots(models: Mapping[str, ModelEvaluation], by: str) -> list[Markup | None]:
+    found = {name: m.fidelity for name, m in models.items() if m.fidelity is not None}
+    return [plots.fidelity_bins(found, part, f"Gap {part} by {by}", by=by) for part in ("ratio", "cosine")]
 
 
 def write_comparison(receipts: Sequence[tuple[str | Path, Receipt]], out: str | Path) -> Path:
@@ -146,31 +158,23 @@ def write_comparison(receipts: Sequence[tuple[str | Path, Receipt]], out: str | 
     """
     runs = compare.named_runs(receipts)
     warnings = compare.comparability(runs)
-    models = compare.teachers(runs) | {run.name: run.model for run in runs if run.model is not None}
-    teachers = frozenset(compare.teachers(runs))
+    teachers = compare.teachers(runs)
+    models = teachers | {run.name: run.model for run in runs if run.model is not None}
     protocol = next((run.receipt.protocol for run in runs if run.receipt.protocol), None)
-    metric, floor = (protocol.extractor.name, protocol.floor) if protocol else ("FD", None)
-    table = compare.verdict_table(models, metric)
-    fidelities = {name: m.fidelity for name, m in models.items() if m.fidelity is not None}
+    metric = protocol.extractor.name if protocol else "FD"
     grids = [(run.name, run.model.images.get("grid") if run.model else None, run.folder) for run in runs]
     pictures = [(name, views.picture(folder, path, f"samples of {name}")) for name, path, folder in grids]
+    frontier = plots.frontier(_costs(models), f"Best {metric} against cost", frozenset(teachers))
     return _write(
         "compare.html.j2",
         out,
         " \u00b7 ".join(run.name for run in runs),
         warnings=warnings,
         lead=compare.lead(runs, metric),
-        table=table,
+        table=compare.verdict_table(models, metric),
         grids=[(name, found) for name, found in pictures if found],
-        quality_plots=[
-            plots.sweep(models, "fd", f"{metric} over guidance", floor),
-            plots.sweep(models, "class_agreement", "Class agreement over guidance"),
-            plots.frontier(_costs(models), f"Best {metric} against cost", teachers),
-        ],
-        fidelity_plots=[
-            plots.fidelity_bins(fidelities, "ratio", "Gap ratio by timestep"),
-            plots.fidelity_bins(fidelities, "cosine", "Gap cosine by timestep"),
-        ],
+        quality_plots=[*_sweep_plots(models, protocol), frontier],
+        fidelity_plots=_fidelity_plots(models, "timestep"),
         runs=[
             {"name": run.name, "verdict": " ".join(words.verdict(run.receipt)), "facts": _facts(run.receipt)}
             for run in runs
@@ -178,9 +182,9 @@ def write_comparison(receipts: Sequence[tuple[str | Path, Receipt]], out: str | 
     )
 
 
-def _facts(receipt: Receipt) -> list[tuple[str, str]]:
-    protocol = views.protocol_facts(receipt.protocol) if receipt.protocol else []
-    return [*protocol, *views.data_facts(receipt.data), *views.environment_facts(receipt.environment)]
+def _facts(receipt: Receipt) -> Facts:
+    details = _details(receipt.protocol, receipt.data, receipt.environment)
+    return [fact for _, facts in details for fact in facts]
 
 
 def write_arena(arena: ArenaResult, out: str | Path, run_dir: str | Path | None = None) -> Path:
@@ -208,10 +212,6 @@ def write_arena(arena: ArenaResult, out: str | Path, run_dir: str | Path | None 
         strips=strips,
         paper=arena_views.PAPER,
         notes=arena.notes,
-        details=[
-            ("Protocol", views.protocol_facts(arena.protocol)),
-            ("Data", views.data_facts(arena.data)),
-            ("Environment", views.environment_facts(arena.environment)),
-        ],
+        details=_details(arena.protocol, arena.data, arena.environment),
         recipe=_yaml(arena.recipe),
     )
