@@ -16,7 +16,7 @@ from .prediction import PredictionType, to_epsilon, to_x0
 from .schedule import NoiseSchedule
 
 ClipMode = Literal["recompute", "paper", "none"]
-"""After clipping x0 to [-1, 1]: recompute eps from it (default, dash.md D23), keep the old eps (as released), no clip."""
+"""After clipping x0 to [-1, 1]: recompute eps from it (default, D23), keep the old eps (as released), or no clip."""
 
 Branches = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """``(x_t, t) -> (cond, null)`` predictions; t is (B,) int64."""

@@ -36,7 +36,7 @@ class NoiseSchedule:
 
     @classmethod
     def create(cls, name: str = "cosine", num_train_timesteps: int = 1000) -> NoiseSchedule:
-        """``cosine`` (DASH's table), ``linear`` (DDPM: 1e-4..0.02 at T=1000) or ``scaled_linear`` (Stable Diffusion)."""
+        """``cosine`` (DASH's), ``linear`` (DDPM: 1e-4..0.02 at T=1000) or ``scaled_linear`` (Stable Diffusion)."""
         T = num_train_timesteps
         if name == "cosine":
             betas = cosine_betas(T)
@@ -87,7 +87,7 @@ class NoiseSchedule:
         return self.alphas_cumprod / (1 - self.alphas_cumprod + 1e-8)
 
     def at(self, t: Tensor, ndim: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """``(alpha_t, sigma_t)`` for integer timesteps ``t`` (B,), shaped (B, 1, ...) to broadcast over ``ndim`` dims."""
+        """``(alpha_t, sigma_t)`` for timesteps ``t`` (B,) int64, shaped (B, 1, ...) to broadcast over ``ndim`` dims."""
         alphas, sigmas = self._tables(t.device, dtype)
         shape = (-1,) + (1,) * (ndim - 1)
         return alphas[t].view(shape), sigmas[t].view(shape)
@@ -100,7 +100,7 @@ class NoiseSchedule:
         return cache[key]
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """``x_t`` (B, ...) in the dtype of ``x0`` from clean ``x0`` in [-1, 1], standard-normal ``noise`` and ``t`` (B,)."""
+        """``x_t`` (B, ...) in ``x0``'s dtype from clean ``x0`` in [-1, 1], standard-normal ``noise`` and ``t`` (B,)."""
         alpha, sigma = self.at(t, x0.ndim, x0.dtype)
         return alpha * x0 + sigma * noise
 
