@@ -3,7 +3,8 @@
 # make slow   the long proofs: kill -9, several processes, the whole demo, the built wheel
 # make lint   ruff and mypy      make bench   the throughput ladder      make clean   remove .venv and caches
 #
-# PYTHON=python3.12 make test   chooses the interpreter .venv is made of.
+# PYTHON=python3.12 make test          chooses the interpreter that .venv is made of
+# make test ARGS='tests/test_cli.py'   passes on arguments of pytest
 
 PYTHON ?= python3
 VENV := .venv
@@ -21,10 +22,10 @@ demo: $(VENV)/installed
 
 # Each worker gets one thread: OpenMP threads of several processes on the same cores slow each other down twentyfold.
 test: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
 slow: $(VENV)/installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check src tests benchmarks

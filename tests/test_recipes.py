@@ -99,8 +99,8 @@ def test_published_lengths_and_rates() -> None:
         assert (recipe.training.warmup_images, recipe.training.lr_min, recipe.training.grad_clip) == (0, 1e-6, 1.0)
 
 
-@pytest.mark.parametrize(("name", "form"), [("dash-cifar10-teacher", "x0"), ("dash-cifar10-teacher-short", "none")])
-def test_base_weights_are_published_at_length_and_flat_in_short_runs(name: str, form: str) -> None:
+@pytest.mark.parametrize(("name", "form"), [("dash-cifar10-teacher", "x0"), ("dash-cifar10-teacher-short", "eps")])
+def test_base_weights_are_published_at_length_and_standard_in_short_runs(name: str, form: str) -> None:
     recipe = load_recipe(name)
     assert isinstance(recipe, TrainRecipe)
     small = recipe.network.model_copy(update={"block_out_channels": [32], "attention_levels": []})
@@ -109,9 +109,9 @@ def test_base_weights_are_published_at_length_and_flat_in_short_runs(name: str, 
     assert curriculum.options.snr_form == form
     assert curriculum.options.gamma == 5
     weights = curriculum.weights().detach()
-    # dash.md 7.2: min(snr, 5) leaves 6.65% of the weight to the noisier half; flat weights leave it half.
+    # dash.md 2.3: min(snr, 5) leaves 6.65% of the weight to the noisier half, min(snr, 5) / snr 60.6%.
     noisy = float(weights[500:].sum() / weights.sum())
-    assert noisy == pytest.approx(0.0665 if form == "x0" else 0.5, abs=5e-4)
+    assert noisy == pytest.approx(0.0665 if form == "x0" else 0.6064, abs=5e-4)
 
 
 @pytest.mark.parametrize("name", ["dash-cifar10", "fashion-mnist"])
