@@ -48,6 +48,8 @@ class Arm:
             if how.clip:
                 self._clipped += trained
             method.replace_role(role, runtime.wrap(network))
+        for module in method.frozen.values():
+            runtime.place(module, channels_last=False)
         if runtime.compiles(settings.compile) and method.compiles:
             unwrap(method.student.network).compile()
         method.student.autocast_dtype = runtime.dtype(settings.precision)
@@ -109,8 +111,11 @@ class Arm:
         return dict(zip(names, values.tolist(), strict=True))
 
     def finite(self) -> bool:
-        """False when a loss since the last log point was NaN or infinite on any process."""
-        ok = "loss" not in self.sums or bool(torch.isfinite(self.sums["loss"]))
+        """False when a loss since the last log point, or a weight, is NaN or infinite on any process."""
+        # Weights too: a gradient may overflow where the loss did not, and the next loss comes after the checkpoint.
+        values = [p.detach() for network in self.method.roles.values() for p in network.parameters()]
+        values += [self.sums["loss"]] if "loss" in self.sums else []
+        ok = bool(torch.stack([value.isfinite().all() for value in values]).all())
         return not self.runtime.any(not ok)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -174,6 +174,8 @@ class Method(ABC):
         self.options: Any = options
         self.roles: dict[str, nn.Module] = {"student": setting.student.network}
         self.role_optimizers: dict[str, RoleOptimizer] = {"student": RoleOptimizer()}
+        self.frozen: dict[str, nn.Module] = {}
+        """Modules that the loss uses and nobody trains, the teacher aside; the engine moves them to the device."""
 
     @property
     def schedule(self) -> NoiseSchedule:

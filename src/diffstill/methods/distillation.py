@@ -31,6 +31,8 @@ class Distillation(Method):
         if self.curriculum.logits.requires_grad:
             self.roles["curriculum"] = self.curriculum
             self.role_optimizers["curriculum"] = RoleOptimizer(weight_decay=0.0, clip=False, ema=False)
+        else:
+            self.frozen["curriculum"] = self.curriculum
 
     def weighted(self, batch: Batch, per_sample: Tensor) -> Tensor:
         """Mean over the batch of ``w_hat(t_i) per_sample_i``."""

@@ -45,6 +45,8 @@ class Supervised(Method):
         if self.curriculum.learns:
             self.roles["curriculum"] = self.curriculum
             self.role_optimizers["curriculum"] = RoleOptimizer(weight_decay=0.0, clip=False, ema=False)
+        else:
+            self.frozen["curriculum"] = self.curriculum
 
     def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
         drawn = batch.uniform("label_dropout", whole_batch=self.options.dropout_unit == "batch")
