@@ -9,7 +9,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..models.denoiser import Denoiser
 from ..models.features import Projector, tapped
-from .base import Batch, Losses, Options, RoleOptimizer, Setting, TeacherOutputs, register
+from .base import Batch, Losses, Options, RoleOptimizer, Setting, TeacherOutputs, per_sample_mse, register
 from .composite import Composite, CompositeOptions
 
 
@@ -20,7 +20,7 @@ class FitNetsOptions(CompositeOptions):
 
 @register
 class FitNets(Composite):
-    """``composite + lambda_hint mean_l |P_l f_S^l - f_T^l|^2 / mean |f_T^l|^2``.
+    """``composite + lambda_hint mean_l E[|P_l f_S^l - f_T^l|^2 / |f_T^l|^2]``.
 
     P_l are 1x1 convolutions trained with the student and dropped at export. The DASH paper does not say which loss its
     FitNets row adds the hints to; ours is the composite one, so exactly one factor changes from that row.
@@ -52,9 +52,12 @@ class FitNets(Composite):
             cond, null = self.student.branches(batch.x_t, batch.t, batch.labels)
         mine = {stage: features[stage].chunk(2)[0] for stage in self.options.stages}
         projected: dict[str, Tensor] = self.roles["projector"](mine)
+        # Normalised sample by sample, so that the mean over micro-batches or processes is the mean over the batch.
         hints = [
-            (projected[stage].float() - teacher.features[stage].float()).square().mean()
-            / teacher.features[stage].float().square().mean().clamp(min=1e-8)
+            (
+                per_sample_mse(projected[stage], teacher.features[stage])
+                / teacher.features[stage].float().square().flatten(1).mean(1).clamp(min=1e-8)
+            ).mean()
             for stage in self.options.stages
         ]
         return Losses.weighted(
