@@ -189,7 +189,7 @@ class Trainer:
         clock = self._tick()
         outputs.compute()
         spent = self._tick() - clock
-        branches = len(union_of_needs(active) & {"cond", "null"})
+        branches = max(1, len(union_of_needs(active) & {"cond", "null"}))
         for arm in active:
             # What the arm would have paid alone: its own number of teacher branches.
             arm.seconds += spent * len(arm.method.teacher_needs & {"cond", "null"}) / branches
@@ -204,7 +204,7 @@ class Trainer:
         shown: dict[str, float] = {}
         for arm in self.arms:
             means = arm.take_means()
-            if not means:
+            if not means or arm.failed:
                 continue
             if not all(math.isfinite(v) for k, v in means.items() if k != "grad_norm"):
                 self._diverged(arm)
@@ -222,7 +222,7 @@ class Trainer:
             self.on_progress(Progress(self.images_seen, self.total, rate, shown))
 
     def _diverged(self, arm: Arm) -> None:
-        reason = f"{arm.name}: the loss became NaN or infinite before {self.images_seen} images"
+        reason = f"{arm.name}: the loss or a weight became NaN or infinite before {self.images_seen} images"
         self.log.write(images=self.images_seen, arm=arm.name, event="diverged")
         if len(self.arms) == 1:
             raise RunFailed(f"{reason}; {self._last_good()}; try a lower training.lr or training.precision=fp32")
@@ -250,7 +250,7 @@ class Trainer:
                 self.log.write(images=self.images_seen, arm=arm.name, event="collapse_alarm", message=line)
 
     def save(self) -> None:
-        """A checkpoint of all arms; refused while a loss is not finite, so the last one on disk is always good."""
+        """A checkpoint of all arms; refused while a loss or weight is not finite, so those on disk are always good."""
         for arm in self.arms:
             if arm.failed is None and not arm.finite():
                 self._diverged(arm)

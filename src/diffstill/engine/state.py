@@ -82,9 +82,16 @@ def load_latest(folder: Path, clean: bool = True) -> tuple[Checkpoint | None, li
     found = _candidates(folder)
     for path in found:
         try:
-            return _load(path), warnings
+            checkpoint = _load(path)
         except Exception as error:
             warnings.append(f"checkpoint {path.name} is damaged and was passed over: {error}")
+            continue
+        for damaged in found[: found.index(path)] if clean else ():
+            # Out of the way: else it would count as the newest for ever, and push good ones out.
+            aside = folder / f"damaged-{damaged.name}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(damaged, aside)
+        return checkpoint, warnings
     if found:
         raise RunFailed(f"no checkpoint in {folder} can be read ({warnings[0]}); run again with --fresh to start over")
     return None, warnings
