@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..errors import InputError
 from ..methods.base import Batch, Losses, Method, TeacherOutputs
 from ..models.adapters import unwrap
 from ..models.denoiser import Denoiser
+from .compiled import compiled_fault
 from .ema import Ema
 from .runtime import Runtime
 from .settings import TrainSettings
@@ -50,7 +52,10 @@ class Arm:
             method.replace_role(role, runtime.wrap(network))
         for module in method.frozen.values():
             runtime.place(module, channels_last=False)
-        if runtime.compiles(settings.compile) and method.compiles:
+        self.warnings: list[str] = []
+        self._unproven = runtime.compiles(settings.compile) and method.compiles
+        self._refused = False
+        if self._unproven:
             unwrap(method.student.network).compile()
         method.student.autocast_dtype = runtime.dtype(settings.precision)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
@@ -76,12 +81,38 @@ class Arm:
 
     def backward(self, batch: Batch, teacher: TeacherOutputs | None, share: float, last: bool) -> None:
         """Loss and gradients of one micro-batch that makes up ``share`` of this process's batch."""
-        with self.runtime.accumulate(self.method.roles["student"], last):
+        if self._unproven:
+            self._prove_compiled(batch, teacher)
+        with self._mode(), self.runtime.accumulate(self.method.roles["student"], last):
             losses: Losses = self.method.loss(batch, teacher)
             (losses.total * share).backward()
         self._add("loss", losses.total.detach() * share)
         for name, value in losses.parts.items():
             self._add(name, value * share)
+
+    def _mode(self) -> Any:
+        return torch.compiler.set_stance("force_eager") if self._refused else nullcontext()
+
+    def _prove_compiled(self, batch: Batch, teacher: TeacherOutputs | None) -> None:
+        """Goes back to eager where the compiled student has other gradients; leaves no other trace."""
+        student = unwrap(self.method.roles["student"])
+        drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in student.modules())
+
+        def gradients() -> Tensor:
+            with self.runtime.accumulate(self.method.roles["student"], last=False):
+                self.method.loss(batch, teacher).total.backward()
+            found = [p.grad.flatten().float() for p in student.parameters() if p.grad is not None]
+            self.optimizer.zero_grad(set_to_none=True)
+            return torch.cat(found)
+
+        was = student.training
+        student.train(was and not drops)
+        fault = compiled_fault(gradients)
+        student.train(was)
+        self._unproven = False
+        if self.runtime.any(fault is not None):
+            self._refused = True
+            self.warnings.append(f"{self.name}: trained without torch.compile: {fault or 'it failed elsewhere'}")
 
     def update(self, images_seen: int) -> None:
         """Clip, optimizer step, EMA."""

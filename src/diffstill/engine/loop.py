@@ -154,6 +154,7 @@ class Trainer:
                 # Network dropout is the one draw that torch keeps globally; every arm gets the same stream.
                 torch.manual_seed(stream_seed(self.stream.seed, "dropout", self.images_seen, number, self.runtime.rank))
                 arm.backward(part, teacher, part.size / total, number == len(parts) - 1)
+                self.warnings += [line for line in arm.warnings if line not in self.warnings]
                 if number == len(parts) - 1:
                     arm.update(self.images_seen)
                 arm.seconds += self._tick() - clock
