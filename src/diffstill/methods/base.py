@@ -160,8 +160,11 @@ class Method(ABC):
     """False where the student must not be compiled (hooks on its stages come and go)."""
     guided: bool = True
     """False for students that have no live null branch and are sampled in one pass."""
-    copy_parts: ClassVar[Mapping[str, float]] = {}
-    """Known values of loss parts when the student is an exact copy of the teacher; ``check_method`` verifies them."""
+    trains_null: bool = True
+    """False for guided students whose null branch stays as it was; may be set per instance from the options."""
+    copy_parts: Mapping[str, float] = {}
+    """Known values of loss parts when the student is an exact copy of the teacher; ``check_method`` verifies them.
+    May be set per instance from the options."""
     init: ClassVar[str] = "fresh"
     """How the student starts unless the recipe says otherwise: ``fresh``, ``inherit`` or ``magnitude``."""
 

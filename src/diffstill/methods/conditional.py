@@ -15,6 +15,7 @@ class ConditionalOnly(Distillation):
     source = "Hinton et al. 1503.02531, as DASH 2606.00798 baseline"
     options_class = DistillOptions
     teacher_needs = frozenset({"cond"})
+    trains_null = False
     copy_parts = {"imitation": 0.0}
 
     def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:

@@ -43,6 +43,9 @@ class Dash(Distillation):
         if self.options.lambda_un == 0:
             self.teacher_needs = frozenset({"cond"})
             self.student_passes = 1
+            self.trains_null = bool(self.options.cond_dropout)
+        if self.options.cond_dropout:
+            self.copy_parts = {"null": 0.0}  # dropped samples are anchored to noise under the name of imitation
 
     def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
         assert teacher is not None

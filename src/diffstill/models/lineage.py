@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 import torch
@@ -77,7 +77,7 @@ class Lineage(_Record):
         return cls(
             name=name,
             method=method,
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
             recipe=dict(recipe or {}),
             recipe_sha256=recipe_sha256(recipe) if recipe else "",
             data=data,

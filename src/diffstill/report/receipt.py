@@ -10,14 +10,13 @@ import os
 import platform
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, ValidationError, field_validator
-from typing_extensions import Self
 
 from .. import __version__
 from ..errors import InputError, RunFailed
@@ -26,7 +25,7 @@ from ..evaluation.results import ModelEvaluation, Protocol, Result
 
 def utc_now() -> str:
     """The time now as ``2026-03-01T12:00:00Z``."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def write_text(path: Path, text: str) -> None:
