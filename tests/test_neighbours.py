@@ -7,7 +7,7 @@ from scipy.stats import binomtest, t
 from torch import Tensor
 
 from diffstill.evaluation.intervals import from_error, pool, proportion
-from diffstill.evaluation.neighbours import Manifold, kid, kid_estimate, polynomial_mmd2, precision_recall
+from diffstill.evaluation.neighbours import KernelDistance, Manifold, kid, polynomial_mmd2, precision_recall
 from diffstill.evaluation.results import Estimate
 
 
@@ -56,13 +56,23 @@ def test_kid_refuses_subsets_that_do_not_fit() -> None:
         kid(cloud(40), cloud(60), 5, 50)
 
 
-def test_the_kid_interval_covers() -> None:
-    """Against a fixed reference: the interval holds the expected value over fresh samples at least at its level."""
-    reference = cloud(1000)
-    values = [kid_estimate(reference, cloud(200, seed=i, mean=0.3), 20, 50) for i in range(1, 61)]
-    expected = polynomial_mmd2(reference, cloud(3000, seed=999, mean=0.3))
-    assert np.mean([e.low <= expected <= e.high for e in values]) >= 0.9
-    assert np.mean([e.high - e.low for e in values]) < 8 * np.std([e.value for e in values])
+def test_the_whole_samples_estimate_is_the_mmd_and_what_kid_averages_to() -> None:
+    x, y = cloud(200), cloud(150, seed=1, mean=0.4)
+    found = KernelDistance(x).estimate(y).value
+    assert found == pytest.approx(polynomial_mmd2(x, y), rel=1e-12)
+    subsets = kid(x, y, 200, 50)
+    assert abs(found - subsets.mean) < 4 * subsets.std / 200**0.5
+
+
+@pytest.mark.parametrize("mean", [0.0, 0.1, 0.4])
+def test_the_kid_interval_covers(mean: float) -> None:
+    """Against a fixed reference: 95 % away from it, more at it, and never uselessly wide."""
+    reference = cloud(800, 5)
+    distance = KernelDistance(reference)
+    found = [distance.estimate(cloud(150, 5, seed=i, mean=mean)) for i in range(1, 201)]
+    expected = np.mean([distance.estimate(cloud(150, 5, seed=i, mean=mean)).value for i in range(201, 801)])
+    assert np.mean([e.low <= expected <= e.high for e in found]) >= 0.9
+    assert 0.85 <= np.mean([(e.high - e.value) / 1.96 for e in found]) / np.std([e.value for e in found]) <= 1.8
 
 
 def test_kid_agrees_with_torchmetrics() -> None:

@@ -19,7 +19,7 @@ from .features import Extractor, extract
 from .frechet import FeatureStats, frechet_estimate
 from .guidance_fidelity import check_comparable, measure_fidelity
 from .intervals import pool, proportion
-from .neighbours import Manifold, kid_estimate, precision_recall
+from .neighbours import KernelDistance, Manifold, precision_recall
 from .processes import gather_rows, share
 from .results import Cost, Estimate, Fidelity, ModelEvaluation, Protocol, ScalePoint
 from .sampling import sample_images
@@ -46,19 +46,17 @@ class EvalSettings:
     """Held-out (x_t, t, y) for guidance fidelity."""
     batch_size: int = 500
     clip: ClipMode = "recompute"
-    kid_subsets: int = 50
-    kid_subset: int = 250
     neighbours: int = 3
     """k of precision and recall."""
     neighbour_points: int = 10_000
-    """Points a manifold is built of at most; KID draws its reference subsets from the same ones."""
+    """Points a side at most for precision, recall and KID, whose cost grows with their square."""
     bootstrap: int = 200
     cost_batches: tuple[int, ...] = (1, 64)
     cost_seconds: float = 4.0
     """Time for the latency runs of one batch size; two runs are made in any case."""
 
     def __post_init__(self) -> None:
-        least = dict.fromkeys(("steps", "pairs", "batch_size", "kid_subsets", "neighbours"), 1)
+        least = dict.fromkeys(("steps", "pairs", "batch_size", "neighbours"), 1)
         least |= dict.fromkeys(("samples", "neighbour_points"), 2 * (self.neighbours + 1))
         for name, low in least.items():
             if getattr(self, name) < low:
@@ -98,6 +96,7 @@ class Evaluator:
         order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
         self._points = features[order[: self.settings.neighbour_points]]
         self._manifold = Manifold(self._points, self.settings.neighbours)
+        self._kernel_distance = KernelDistance(self._points)
         self._test: FeatureStats | None = None
         floor = None
         if len(data.test) >= 2:
@@ -213,7 +212,7 @@ class Evaluator:
         near = precision_recall(self._points, points, settings.neighbours, real_manifold=self._manifold)
         found = {
             "fd": frechet_estimate(features, self._reference),
-            "kid": kid_estimate(self._points, features, settings.kid_subsets, settings.kid_subset),
+            "kid": self._kernel_distance.estimate(points),
             "precision": near.precision,
             "recall": near.recall,
         }
