@@ -1,0 +1,458 @@
+"""The conformance checks hold for our methods, and every rule catches a method, or a denoiser, that breaks it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import TINY
+from torch import Tensor, nn
+
+from diffstill.checks import check_denoiser, check_method, losses, run_check, training
+from diffstill.checks.bench import Bench, tiny_denoiser
+from diffstill.checks.report import Broken, NotApplicable, Report, run_checks
+from diffstill.checks.targets import find_method
+from diffstill.diffusion.schedule import NoiseSchedule
+from diffstill.errors import InputError
+from diffstill.methods import METHODS, Batch, Losses, Options, RoleOptimizer, Setting, TeacherOutputs
+from diffstill.methods.base import per_sample_mse
+from diffstill.methods.dash import Dash
+from diffstill.methods.distillation import Distillation, DistillOptions
+from diffstill.models.denoiser import Denoiser
+
+OWN_METHOD = Path(__file__).parents[1] / "docs" / "own-method.md"
+
+
+def total(value: Tensor) -> Losses:
+    return Losses(value, {})
+
+
+class Plain(Distillation):
+    """A sound method, the starting point of the broken ones."""
+
+    name = "plain"
+    options_class = DistillOptions
+    teacher_needs = frozenset({"cond"})
+    trains_null = False
+
+    def errors(self, batch: Batch, teacher: TeacherOutputs | None) -> Tensor:
+        assert teacher is not None
+        return per_sample_mse(self.student(batch.x_t, batch.t, batch.labels), teacher.cond)
+
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        return total(self.errors(batch, teacher).mean())
+
+
+class ReachesTheTeacher(Plain):
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        return total((self.student.null(batch.x_t, batch.t) - self.teacher.null(batch.x_t, batch.t)).square().mean())
+
+
+class IdleRole(Plain):
+    def __init__(self, setting: Setting, options: Options) -> None:
+        super().__init__(setting, options)
+        self.roles["head"] = nn.Linear(1, 1)
+        self.role_optimizers["head"] = RoleOptimizer()
+
+
+class VectorTotal(Plain):
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        return total(self.errors(batch, teacher))
+
+
+class ForgetsGuidance(Plain):
+    trains_null = True
+
+
+class HoldsTensor(Plain):
+    def __init__(self, setting: Setting, options: Options) -> None:
+        super().__init__(setting, options)
+        self.weights = torch.ones(3)
+
+
+class HoldsModule(Plain):
+    def __init__(self, setting: Setting, options: Options) -> None:
+        super().__init__(setting, options)
+        self.helper = nn.Linear(1, 1)
+
+
+class WrongCopyValue(Plain):
+    copy_parts = {"imitation": 0.0}
+
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        assert teacher is not None
+        # Compares with the target of another sample.
+        error = per_sample_mse(self.student(batch.x_t, batch.t, batch.labels), teacher.cond.roll(1, 0)).mean()
+        return Losses(error, {"imitation": error.detach()})
+
+
+class DividesByT(Plain):
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        return total((self.errors(batch, teacher) / batch.t).mean())
+
+
+class DrawsItself(Plain):
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        errors = self.errors(batch, teacher)
+        return total((errors * torch.rand_like(errors)).mean())
+
+
+class FavoursTheFirst(Plain):
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        errors = self.errors(batch, teacher)
+        return total((errors * torch.arange(len(errors))).mean())
+
+
+class NormalisesByTheBatch(Plain):
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        assert teacher is not None
+        return total(self.errors(batch, teacher).mean() / teacher.cond.square().mean())
+
+
+class LeavesHook(Plain):
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        handle = self.student.network.register_forward_hook(lambda *args: None)
+        made = super().loss(batch, teacher)
+        handle.remove()  # not reached where the forward raises
+        return made
+
+
+class MovesTheTeacher(Plain):
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        with torch.no_grad():
+            next(self.teacher.network.parameters()).mul_(0.999)
+        return super().loss(batch, teacher)
+
+
+class TrainsModeTeacher(Plain):
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        self.teacher.network.train()
+        return super().loss(batch, teacher)
+
+
+class NeverAsks(Plain):
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        return total(self.student(batch.x_t, batch.t, batch.labels).square().mean())
+
+
+class NoAverage(Plain):
+    def __init__(self, setting: Setting, options: Options) -> None:
+        super().__init__(setting, options)
+        self.role_optimizers["student"] = RoleOptimizer(ema=False)
+
+
+class Remembers(Plain):
+    """State that no checkpoint holds."""
+
+    def __init__(self, setting: Setting, options: Options) -> None:
+        super().__init__(setting, options)
+        self.calls = 0
+
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        self.calls += 1
+        return total(self.errors(batch, teacher).mean() * self.calls)
+
+
+BROKEN: list[tuple[type[Plain], Callable[[Bench], str], str]] = [
+    (ReachesTheTeacher, losses.gradients, "teacher received a gradient"),
+    (IdleRole, losses.gradients, "role head received no gradient"),
+    (VectorTotal, losses.gradients, "no scalar"),
+    (ForgetsGuidance, losses.null_branch, "guidance is not trained"),
+    (HoldsTensor, losses.modules, "self.weights is a tensor"),
+    (HoldsModule, losses.modules, "self.helper is neither"),
+    (WrongCopyValue, losses.copy_of_teacher, "imitation is .*, not 0"),
+    (DividesByT, losses.finite, re.escape("t = [0]")),
+    (DrawsItself, losses.deterministic, "draw with batch.uniform"),
+    (FavoursTheFirst, losses.order, "shuffled"),
+    (NormalisesByTheBatch, losses.halves, "mean over its halves"),
+    (LeavesHook, losses.hooks, "a hook is left on student"),
+    (Plain, losses.options, "decorate the class with @register"),
+    (MovesTheTeacher, training.teacher_unchanged, "of the teacher has changed"),
+    (TrainsModeTeacher, training.teacher_unchanged, "ran in train mode"),
+    (NeverAsks, training.teacher_unchanged, "was never called"),
+    (Remembers, training.resume, "differs? "),
+]
+
+
+@pytest.mark.parametrize(("method", "rule", "says"), BROKEN, ids=[f"{m.__name__}" for m, _, _ in BROKEN])
+def test_each_rule_catches_the_method_that_breaks_it(
+    method: type[Plain], rule: Callable[[Bench], str], says: str
+) -> None:
+    with pytest.raises(Broken, match=says):
+        rule(Bench(method))
+
+
+def test_a_student_without_an_average_is_a_broken_rule_not_a_traceback() -> None:
+    report = run_checks("x", [("ema", lambda: training.ema(Bench(NoAverage)))])
+    assert not report.ok
+    assert report["ema"].detail.startswith("raised KeyError")
+
+
+@pytest.mark.parametrize("rule", sorted({rule for _, rule, _ in BROKEN} - {losses.options}, key=lambda r: r.__name__))
+def test_the_sound_one_breaks_none_of_them(rule: Callable[[Bench], str]) -> None:
+    try:
+        rule(Bench(Plain))
+    except NotApplicable:
+        assert rule is losses.copy_of_teacher
+
+
+@pytest.mark.parametrize("name", ["conditional", "dash", "fitnets", "supervised"])
+def test_our_methods_conform(name: str) -> None:
+    report = check_method(name, quick=True)
+    assert report.ok, str(report)
+    assert report["resume with dropout"].detail.endswith("bit-identical")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(METHODS))
+def test_every_method_conforms_wholly(name: str) -> None:
+    report = check_method(name)
+    assert report.ok, str(report)
+    assert not report["two processes"].skipped
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("dash", {"curriculum": "learn"}),
+        ("dash", {"lambda_un": 0.0}),
+        ("dash", {"cond_dropout": 0.3}),
+        ("composite", {"scale": 1.0, "scale_to": 4.0}),
+        ("gap", {"lambda_an": 0.1}),
+        ("supervised", {"dropout_unit": "batch", "label_dropout": 0.5}),
+        ("supervised", {"curriculum": {"rule": "uncertainty"}}),
+        ("supervised", {"curriculum": {"rule": "min_snr", "snr_form": "eps"}}),
+    ],
+)
+def test_variants_conform_for_every_prediction_type(kind: Any, name: str, options: dict[str, Any]) -> None:
+    teacher = tiny_denoiser((8, 16), 1)
+    teacher.prediction_type = kind
+    report = check_method(name, options, teacher=teacher, quick=True)
+    assert report.ok, str(report)
+
+
+def test_own_networks_are_copied_and_left_alone() -> None:
+    teacher, student = tiny_denoiser((8, 8), 4), tiny_denoiser((4, 4), 5)
+    before = {name: value.clone() for name, value in student.network.state_dict().items()}
+    bench = Bench(Dash, None, teacher, student)
+    training.teacher_unchanged(bench)
+    assert all(torch.equal(value, before[name]) for name, value in student.network.state_dict().items())
+    assert next(teacher.network.parameters()).requires_grad
+    with pytest.raises(NotApplicable, match="your own"):
+        training.two_processes(bench)
+
+
+def test_networks_and_options_that_do_not_fit_are_bad_input() -> None:
+    other = tiny_denoiser((8, 8), 0)
+    other.schedule = NoiseSchedule.create("linear", 1000)
+    with pytest.raises(InputError, match=r"schedule: .*use the teacher's cosine"):
+        check_method("dash", teacher=tiny_denoiser((8, 8), 0), student=other)
+    with pytest.raises(InputError, match=r"options\.lambda_im: -1 .*greater than or equal to 0"):
+        check_method("dash", {"lambda_im": -1})
+    with pytest.raises(InputError, match=r"options\.nonsense: 1 .*dash knows .*lambda_un"):
+        check_method("dash", {"nonsense": 1})
+
+
+# Denoisers
+
+
+class Net(nn.Module):
+    """A sound network that is called as ``network(x_t, t, labels)``."""
+
+    def __init__(self, rows: int = 4) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, 1)
+        self.norm = nn.BatchNorm2d(1, track_running_stats=False)
+
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return x_t + self.table(labels).view(-1, 1, 1, 1) * (1 + t.view(-1, 1, 1, 1) / 1000)
+
+
+class MixesRows(Net):
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(self.norm(x_t), t, labels)
+
+
+class IgnoresLabels(Net):
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(x_t, t, torch.zeros_like(labels))
+
+
+class NullIsAClass(Net):
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(x_t, t, labels.clamp(max=2))
+
+
+class Noisy(Net):
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(x_t, t, labels) + torch.randn_like(x_t)
+
+
+class Half(Net):
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(x_t, t, labels).half()
+
+
+class Wide(Net):
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(x_t, t, labels).repeat(1, 2, 1, 1)
+
+
+class BreaksAtTheEnd(Net):
+    def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return super().forward(x_t, t, labels) / (t != 999).view(-1, 1, 1, 1)
+
+
+def denoiser(network: nn.Module, kind: Any = "epsilon") -> Denoiser:
+    return Denoiser(network, NoiseSchedule.create("cosine", 1000), 3, (1, 8, 8), kind)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_sound_denoiser_conforms_and_is_left_as_it_was(kind: Any) -> None:
+    made = denoiser(Net(), kind)
+    report = check_denoiser(made)
+    assert report.ok, str(report)
+    assert not any(outcome.skipped for outcome in report.outcomes)
+    assert made.network.training
+
+
+@pytest.mark.parametrize(
+    ("network", "broken"),
+    [
+        (MixesRows, {"rows independent"}),
+        (IgnoresLabels, {"labels", "null label"}),
+        (NullIsAClass, {"null label"}),
+        (Noisy, {"deterministic", "rows independent", "branches"}),
+        (Half, {"outputs"}),
+        (Wide, {"outputs"}),
+        (BreaksAtTheEnd, {"finite"}),
+        (lambda: Net(3), {"null label", "branches"}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_each_rule_catches_the_denoiser_that_breaks_it(network: Callable[[], nn.Module], broken: set[str]) -> None:
+    report = check_denoiser(denoiser(network()))
+    assert broken <= {outcome.name for outcome in report.outcomes if not outcome.ok}, str(report)
+
+
+class WrongImage(Denoiser):
+    def x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        return 1.1 * super().x0(prediction, x_t, t)
+
+
+def test_a_wrong_conversion_is_caught_by_two_rules() -> None:
+    report = check_denoiser(WrongImage(Net(), NoiseSchedule.create("cosine", 1000), 3, (1, 8, 8)))
+    assert {outcome.name for outcome in report.outcomes if not outcome.ok} == {"conversions", "scheduler"}
+
+
+def test_an_unguided_denoiser_needs_no_null_label() -> None:
+    report = check_denoiser(denoiser(Net(3)), guided=False)
+    assert report.ok
+    assert [o.name for o in report.outcomes if o.skipped] == ["null label", "branches"]
+
+
+# Targets and reports
+
+
+@pytest.fixture
+def _methods_restored() -> Iterator[None]:
+    before, loaded = dict(METHODS), set(sys.modules)
+    yield
+    METHODS.clear()
+    METHODS.update(before)
+    for name in set(sys.modules) - loaded:
+        if name.startswith("diffstill_user_"):
+            del sys.modules[name]
+
+
+def test_unknown_targets_are_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("import math\nfrom diffstill.methods import Method\nclass Mine(Method):\n    name = 'mine'\n")
+    broken = tmp_path / "broken.py"
+    broken.write_text("import no_such_module\n")
+    for target, says in {
+        "dahs": r"did you mean dash\?",
+        f"{tmp_path}/absent.py:Mine": "absent.py' does not exist",
+        f"{file}:Yours": "has no class 'Yours'; the file has Mine",
+        f"{file}:math": "has no class 'math'",
+        f"{file}": "name the class, too: .*mine.py:Mine",
+        f"{broken}:Mine": "ModuleNotFoundError: No module named 'no_such_module'",
+        f"{tmp_path}/no/model": "does not exist",
+        f"{tmp_path}": "model_index.json",
+    }.items():
+        with pytest.raises(InputError, match=says) as caught:
+            run_check(target, quick=True)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_report_is_readable_by_people_and_machines() -> None:
+    def breaks() -> str:
+        raise Broken("off by 3")
+
+    def skips() -> str:
+        raise NotApplicable("no compiler")
+
+    def bug() -> str:
+        raise ZeroDivisionError("division\nby zero")
+
+    report = run_checks("method x", [("a", lambda: "fine"), ("b", breaks), ("c", skips), ("d", bug)])
+    assert not report.ok
+    assert [o.ok for o in report.outcomes] == [True, False, True, False]
+    assert report["d"].detail == "raised ZeroDivisionError: division by zero"
+    again = json.loads(report.model_dump_json())
+    assert again["ok"] is False
+    assert {k: again["outcomes"][1][k] for k in ("name", "ok", "detail")} == {
+        "name": "b",
+        "ok": False,
+        "detail": "off by 3",
+    }
+    lines = str(report).splitlines()
+    assert lines[0] == "method x does not conform: 1 rules hold, 2 broken, 1 skipped"
+    assert lines[2].split() == ["FAIL", "b", "off", "by", "3"]
+    assert Report.model_validate({"target": "x", "outcomes": []}).ok
+
+
+# The worked example of docs/own-method.md
+
+
+def example(folder: Path) -> Path:
+    """The page's method and recipe, written where a reader would."""
+    text = OWN_METHOD.read_text(encoding="utf-8")
+    for name, language in (("huber.py", "python"), ("huber.yaml", "yml")):
+        (body,) = re.findall(rf"^```{language}\n(# {re.escape(name)}\n.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        (folder / name).write_text(body, encoding="utf-8")
+    return folder / "huber.py"
+
+
+@pytest.mark.usefixtures("_methods_restored")
+def test_the_documented_example_conforms(tmp_path: Path) -> None:
+    report = run_check(f"{example(tmp_path)}:Huber", quick=True)
+    assert report.ok, str(report)
+    assert not any(outcome.skipped for outcome in report.outcomes)
+    shown = OWN_METHOD.read_text(encoding="utf-8")
+    for outcome in report.outcomes:
+        assert f"`{outcome.name}`" in shown, f"own-method.md does not explain {outcome.name}"
+
+
+@pytest.mark.slow
+def test_the_documented_example_trains_from_its_recipe(tmp_path: Path) -> None:
+    command = [sys.executable, str(example(tmp_path)), "distill", str(tmp_path / "huber.yaml"), *TINY]
+    done = subprocess.run([*command, "--quiet", "--out", str(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "run" / "receipt.json").read_text())["training"][-1]["method"] == "huber"
+    assert (tmp_path / "run" / "model" / "model_index.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_methods_restored")
+def test_the_documented_example_is_the_same_on_two_processes(tmp_path: Path) -> None:
+    assert "losses within" in training.two_processes(Bench(find_method(f"{example(tmp_path)}:Huber")))
