@@ -30,8 +30,8 @@ class Section(BaseModel):
 class ScheduleSpec(Section):
     """The forward process."""
 
-    name: Literal["cosine", "linear", "scaled_linear"] = "cosine"
-    num_train_timesteps: int = Field(1000, ge=2, le=100_000)
+    name: Literal["cosine", "linear", "scaled_linear"] = Field("cosine", description="cosine is DASH's")
+    num_train_timesteps: int = Field(1000, ge=2, le=100_000, description="T")
 
     def build(self) -> NoiseSchedule:
         return NoiseSchedule.create(self.name, self.num_train_timesteps)
@@ -42,7 +42,7 @@ class NetworkSpec(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    family: str = "unet2d"
+    family: str = Field("unet2d", description="unet2d or dit")
     init: Literal["fresh", "inherit", "magnitude"] | None = Field(
         None, description="how a student starts; null: as its method says (fresh, for most)"
     )
@@ -92,13 +92,15 @@ class EvaluationSpec(Section):
     """The protocol of the evaluation after training, and of ``diffstill eval``."""
 
     extractor: str = Field("classifier", description="classifier | inception[:PATH] | torchscript:PATH")
-    samples: int = Field(1000, ge=20)
-    steps: int = Field(50, ge=1)
-    guidance: tuple[str, ...] = ("1", "1.5", "2", "3", "4", "tag:1,4,5")
-    seeds: tuple[int, ...] = (0,)
+    samples: int = Field(1000, ge=20, description="generated images a seed and guidance setting")
+    steps: int = Field(50, ge=1, description="DDIM steps")
+    guidance: tuple[str, ...] = Field(
+        ("1", "1.5", "2", "3", "4", "tag:1,4,5"), description="scales, tag:min,max,beta or interval:s,lo,hi"
+    )
+    seeds: tuple[int, ...] = Field((0,), description="sampling seeds; from three on, intervals are their spread")
     pairs: int = Field(2000, ge=10, description="held-out (x_t, t, y) for guidance fidelity")
-    clip: ClipMode = "recompute"
-    batch_size: int = Field(500, gt=0)
+    clip: ClipMode = Field("recompute", description="what DDIM does after clipping x0 (D23)")
+    batch_size: int = Field(500, gt=0, description="images sampled at once; no result depends on it")
     default_guidance: str | None = Field(None, description="stored in the pipeline; null: the scale of the best FD")
 
     @field_validator("guidance", mode="before")

@@ -17,14 +17,14 @@ class TrainSettings(BaseModel):
     images: int = Field(gt=0, description="images to train on, epochs included; a multiple of batch_size")
     batch_size: int = Field(64, gt=0, description="global batch, over all processes")
     micro_batch: int | None = Field(None, gt=0, description="images a forward pass (gradient accumulation); null: all")
-    lr: float = Field(2e-4, gt=0)
+    lr: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
     lr_min: float = Field(1e-6, ge=0, description="learning rate at the end of the cosine")
     warmup_images: int = Field(0, ge=0, description="linear warm-up from 0")
-    decay: Literal["cosine", "none"] = "cosine"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = Field(0.01, ge=0)
+    decay: Literal["cosine", "none"] = Field("cosine", description="of the learning rate, after the warm-up")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    weight_decay: float = Field(0.01, ge=0, description="of AdamW; a curriculum's lambda has none")
     grad_clip: float | None = Field(1.0, gt=0, description="global gradient norm; null: none")
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    ema_decay: float = Field(0.9999, ge=0, lt=1, description="of the weights that are evaluated and saved")
     ema_cap: bool = Field(True, description="cap the decay by (1+n)/(10+n), so short runs forget their start")
     precision: Precision = Field("auto", description="auto: bf16 autocast on CUDA, fp32 on the CPU")
     teacher_precision: Precision = Field("auto", description="of the frozen teacher's forward")
@@ -32,10 +32,10 @@ class TrainSettings(BaseModel):
         1, ge=1, description="student updates that each computed teacher output serves (docs/decisions.md: its price)"
     )
     compile: Literal["auto", True, False] = Field("auto", description="torch.compile; auto: on CUDA")
-    channels_last: bool = True
+    channels_last: bool = Field(True, description="memory layout of the networks")
     log_every: int = Field(50, gt=0, description="steps between log records")
     checkpoint_every: int | None = Field(None, gt=0, description="images between checkpoints; null: by minutes alone")
-    checkpoint_minutes: float = Field(5.0, gt=0)
+    checkpoint_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints; always one at the end")
     probe_every: int | None = Field(None, gt=0, description="images between guidance probes; null: ten a run")
 
     @model_validator(mode="after")
