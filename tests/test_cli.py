@@ -143,7 +143,6 @@ BAD = [
     (["distill", "digits-dash", "method.name=fitnets", "method.stages=[attic]"], "method.stages"),
     (["distill", "digits-dash", "evaluation.guidance=[strong]"], "guidance"),
     (["distill", "digits-dash", "teacher.model=nowhere"], "teacher"),
-    (["distill", "digits-dash", "data.size=16"], "data"),
     (["distill", "digits-dash", "teacher.overrides.method.curriculum.rule=often"], "curriculum.rule"),
     (["arena", "digits-dash", "--methods", "dash,alchemy"], "alchemy"),
     (["arena", "digits-dash", "--methods", "dash", "--seeds", "0"], "seeds"),

@@ -25,6 +25,13 @@ class InputError(DiffstillError):
             shown = shown[:197] + "..."
         super().__init__(" ".join(f"{field}: {shown} {problem}; {mend}".split()))
 
+    @classmethod
+    def about(cls, field: str, message: str) -> InputError:
+        """For a message that names key, value and mend by itself: ``training: images 7 is no multiple of ...``."""
+        made = cls(field, None, message)
+        made.args = (" ".join(f"{field}: {message}".split()),)
+        return made
+
 
 class RunFailed(DiffstillError):
     """A run that began and could not go on (NaN loss, full disk, lost data). Exit code 1."""

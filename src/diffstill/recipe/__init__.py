@@ -1,0 +1,43 @@
+"""Recipes: a typed schema, YAML with ``extends``, dotted overrides. Bad recipes are refused in one clear line."""
+
+from .loading import (
+    builtin_recipes,
+    differences,
+    load_recipe,
+    override_section,
+    parse_recipe,
+    resolved,
+    to_yaml,
+)
+from .schema import (
+    ArenaSpec,
+    ArmSpec,
+    DistillRecipe,
+    EvaluationSpec,
+    MethodSpec,
+    NetworkSpec,
+    Recipe,
+    ScheduleSpec,
+    TeacherSpec,
+    TrainRecipe,
+)
+
+__all__ = [
+    "ArenaSpec",
+    "ArmSpec",
+    "DistillRecipe",
+    "EvaluationSpec",
+    "MethodSpec",
+    "NetworkSpec",
+    "Recipe",
+    "ScheduleSpec",
+    "TeacherSpec",
+    "TrainRecipe",
+    "builtin_recipes",
+    "differences",
+    "load_recipe",
+    "override_section",
+    "parse_recipe",
+    "resolved",
+    "to_yaml",
+]

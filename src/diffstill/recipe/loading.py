@@ -1,0 +1,187 @@
+"""From YAML text and dotted overrides to a typed recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ..errors import InputError
+from .problems import nearest, one_line
+from .schema import ADAPTER, DistillRecipe, TrainRecipe
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's floats (1e-3), and a refusal of keys that stand twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"the key {key!r} is no text {key_node.start_mark}")
+            if key in seen:
+                raise yaml.YAMLError(f"the key {key!r} stands twice {key_node.start_mark}")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def builtin_recipes() -> dict[str, str]:
+    """Name -> YAML text of the recipes that travel with the package."""
+    room = resources.files("diffstill") / "recipes"
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
+        for entry in sorted(room.iterdir(), key=lambda e: e.name)
+        if entry.name.endswith(".yaml")
+    }
+
+
+def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> TrainRecipe | DistillRecipe:
+    """A recipe by built-in name or YAML path, with ``extends`` resolved and dotted overrides applied.
+
+    Args:
+        overrides: ``["training.lr=1e-3", ...]`` (values are YAML) or a mapping of dotted keys.
+
+    Raises:
+        InputError: whatever is wrong, in one line that names the field, the value and the mend.
+    """
+    tree = _tree(name, ())
+    pairs = overrides.items() if isinstance(overrides, Mapping) else [_split(item) for item in overrides]
+    for key, value in pairs:
+        _put(tree, key, value)
+    return parse_recipe(tree)
+
+
+def parse_recipe(tree: Mapping[str, Any]) -> TrainRecipe | DistillRecipe:
+    """A recipe from a plain mapping (``extends`` already resolved)."""
+    if tree.get("kind") not in ("train", "distill"):
+        raise InputError("kind", tree.get("kind"), "use train or distill")
+    try:
+        return ADAPTER.validate_python(dict(tree))
+    except ValidationError as error:
+        raise one_line(error, {"train": TrainRecipe, "distill": DistillRecipe}) from None
+
+
+def override_section(section: S, overrides: Sequence[str], field: str) -> S:
+    """A section with ``key=value`` overrides applied.
+
+    Raises:
+        InputError: unknown keys or values that do not fit, named as ``field.key``.
+    """
+    tree = section.model_dump()
+    for item in overrides:
+        _put(tree, *_split(item))
+    try:
+        return type(section).model_validate(tree)
+    except ValidationError as error:
+        raise one_line(error, type(section), (field,)) from None
+
+
+def resolved(recipe: BaseModel) -> dict[str, Any]:
+    """The recipe as plain JSON-able data, defaults included."""
+    return recipe.model_dump(mode="json")
+
+
+def to_yaml(recipe: BaseModel) -> str:
+    return yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys whose values differ, as ``key: old -> new``."""
+    found: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found
+
+
+def _tree(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if name in seen:
+        raise InputError("extends", " -> ".join((*seen, name)), "remove the circle", problem="goes in a circle")
+    builtin = builtin_recipes()
+    path = Path(name)
+    if name in builtin:
+        text, where = builtin[name], name
+    elif path.suffix in (".yaml", ".yml") or path.exists():
+        try:
+            text, where = path.read_text(encoding="utf-8"), str(path)
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError("recipe", name, f"give a readable YAML file ({error})", problem="cannot be read") from None
+    else:
+        mend = f"give a YAML path or one of: {', '.join(builtin)}"
+        raise InputError("recipe", name, mend, problem=f"is not known{nearest(name, builtin)}")
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError("recipe", where, " ".join(str(error).split()), problem="is no valid YAML") from None
+    if not isinstance(tree, dict):
+        raise InputError("recipe", where, "write key: value lines", problem="holds no mapping")
+    parent = tree.pop("extends", None)
+    if parent is None:
+        return tree
+    if not isinstance(parent, str):
+        raise InputError("extends", parent, "give one recipe name or path")
+    if parent not in builtin and not Path(parent).is_absolute():
+        beside = path.parent / parent
+        parent = str(beside) if beside.exists() else parent
+    return _merge(_tree(parent, (*seen, name)), tree)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """``over`` on top of ``base``; mappings merge, but a changed method or network family starts its section anew."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, Mapping):
+            anew = any(k in value and value[k] != old.get(k) for k in ("name", "family") if key in _SWITCHED)
+            merged[key] = dict(value) if anew else _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+_SWITCHED = ("method", "student", "network")
+
+
+def _split(item: str) -> tuple[str, Any]:
+    key, equals, text = item.partition("=")
+    if not equals or not key:
+        raise InputError("override", item, "write key=value, e.g. training.lr=1e-3")
+    try:
+        return key, yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        raise InputError(key, text, "write the value as YAML: 3, true, [1, 2]", problem="is no valid YAML") from None
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node = tree
+    for part in parents:
+        child = node.get(part)
+        if child is None:
+            child = node[part] = {}
+        elif not isinstance(child, dict):
+            raise InputError(key, value, f"{part} is no section", problem="cannot be set")
+        else:
+            child = node[part] = dict(child)
+        node = child
+    if last == "name" and parents and parents[-1] in ("method",) and node.get("name") != value:
+        node.clear()  # another method has other options
+    node[last] = value

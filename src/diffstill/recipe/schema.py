@@ -1,0 +1,198 @@
+"""What a recipe may say: one typed section for each part of a run."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+
+from ..data.sources import DataSpec
+from ..diffusion.guidance import parse_guidance
+from ..diffusion.prediction import PredictionType
+from ..diffusion.sampling import ClipMode
+from ..diffusion.schedule import NoiseSchedule
+from ..engine.settings import TrainSettings
+from ..methods import METHODS, Options
+from ..models.adapters import FAMILIES
+from .problems import nearest, one_line
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ScheduleSpec(Section):
+    """The forward process."""
+
+    name: Literal["cosine", "linear", "scaled_linear"] = Field("cosine", description="cosine is DASH's")
+    num_train_timesteps: int = Field(1000, ge=2, le=100_000, description="T")
+
+    def build(self) -> NoiseSchedule:
+        return NoiseSchedule.create(self.name, self.num_train_timesteps)
+
+
+class NetworkSpec(BaseModel):
+    """A network by family; all other keys are the family's options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    family: str = Field("unet2d", description="unet2d or dit")
+    init: Literal["fresh", "inherit", "magnitude"] | None = Field(
+        None, description="how a student starts; null: as its method says (fresh, for most)"
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> NetworkSpec:
+        if self.family not in FAMILIES:
+            raise ValueError(f"unknown family {self.family!r}; one of {', '.join(FAMILIES)}")
+        known = FAMILIES[self.family].options
+        for key in self.model_extra or {}:
+            if key not in known:
+                raise ValueError(f"unknown key {key!r}{nearest(key, known)}; {self.family} knows {', '.join(known)}")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class MethodSpec(BaseModel):
+    """A method by name; all other keys are its options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    name: str
+
+    @model_validator(mode="after")
+    def _known(self) -> MethodSpec:
+        if self.name not in METHODS:
+            raise ValueError(f"unknown method {self.name!r}{nearest(self.name, METHODS)}; one of {', '.join(METHODS)}")
+        self.build_options()
+        return self
+
+    def build_options(self) -> Options:
+        options_class = METHODS[self.name].options_class
+        for key in self.model_extra or {}:
+            if key not in options_class.model_fields:
+                known = ", ".join(options_class.model_fields)
+                raise ValueError(f"unknown key {key!r}{nearest(key, known.split(', '))}; {self.name} knows {known}")
+        try:
+            return options_class(**(self.model_extra or {}))
+        except ValidationError as error:
+            raise ValueError(str(one_line(error))) from None
+
+
+class EvaluationSpec(Section):
+    """The protocol of the evaluation after training, and of ``diffstill eval``."""
+
+    extractor: str = Field("classifier", description="classifier | inception[:PATH] | torchscript:PATH")
+    samples: int = Field(1000, ge=20, description="generated images a seed and guidance setting")
+    steps: int = Field(50, ge=1, description="DDIM steps")
+    guidance: tuple[str, ...] = Field(
+        ("1", "1.5", "2", "3", "4", "tag:1,4,5"), description="scales, tag:min,max,beta or interval:s,lo,hi"
+    )
+    seeds: tuple[int, ...] = Field((0,), description="sampling seeds; from three on, intervals are their spread")
+    pairs: int = Field(2000, ge=10, description="held-out (x_t, t, y) for guidance fidelity")
+    clip: ClipMode = Field("recompute", description="what DDIM does after clipping x0 (D23)")
+    batch_size: int = Field(500, gt=0, description="images sampled at once; no result depends on it")
+    default_guidance: str | None = Field(None, description="stored in the pipeline; null: the scale of the best FD")
+
+    @field_validator("guidance", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        if isinstance(value, (str, int, float)):
+            value = [value]
+        if not isinstance(value, (list, tuple)):
+            return value
+        return tuple(str(parse_guidance(item)) for item in value)
+
+    @field_validator("guidance", "seeds", mode="after")
+    @classmethod
+    def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not value:
+            raise ValueError("must not be empty")
+        return value
+
+
+class TeacherSpec(Section):
+    """Where the teacher comes from: a model folder or hub id, or a recipe that trains it first."""
+
+    model: str | None = None
+    recipe: str | None = None
+    overrides: dict[str, Any] = Field({}, description="dotted overrides of the teacher's recipe")
+
+    @model_validator(mode="after")
+    def _one(self) -> TeacherSpec:
+        if (self.model is None) == (self.recipe is None):
+            raise ValueError("give either model (a folder or hub id) or recipe (trained first)")
+        return self
+
+
+class ArmSpec(Section):
+    """One arm of an arena: a method, and what differs from the recipe's student."""
+
+    method: MethodSpec
+    student: dict[str, Any] = Field({}, description="overrides of the recipe's student")
+    label: str | None = None
+
+
+class ArenaSpec(Section):
+    """The arms of ``diffstill arena``; names are free, the reference is what differences are paired with."""
+
+    arms: dict[str, ArmSpec] = {}
+    reference: str = "dash"
+    equal_seconds: bool = Field(False, description="train cheaper arms a second time, for the reference's seconds")
+
+
+class Base(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    data: DataSpec
+    method: MethodSpec
+    training: TrainSettings
+    evaluation: EvaluationSpec = EvaluationSpec()
+
+    @property
+    def subject(self) -> NetworkSpec:
+        """The network that is trained."""
+        raise AttributeError
+
+
+class TrainRecipe(Base):
+    """A class-conditional model from data."""
+
+    kind: Literal["train"]
+    network: NetworkSpec
+    schedule: ScheduleSpec = ScheduleSpec()
+    prediction_type: PredictionType = "epsilon"
+
+    @property
+    def subject(self) -> NetworkSpec:
+        return self.network
+
+    @model_validator(mode="after")
+    def _sensible(self) -> TrainRecipe:
+        if METHODS[self.method.name].teacher_needs:
+            raise ValueError(f"method {self.method.name!r} needs a teacher: use kind: distill")
+        if self.network.init not in (None, "fresh"):
+            raise ValueError(f"network.init {self.network.init!r} needs a teacher: use kind: distill")
+        return self
+
+
+class DistillRecipe(Base):
+    """A student from a teacher. Schedule, prediction type, classes and image size are the teacher's."""
+
+    kind: Literal["distill"]
+    teacher: TeacherSpec
+    student: NetworkSpec
+    arena: ArenaSpec = ArenaSpec()
+
+    @property
+    def subject(self) -> NetworkSpec:
+        return self.student
+
+
+Recipe = Annotated[TrainRecipe | DistillRecipe, Field(discriminator="kind")]
+ADAPTER: TypeAdapter[TrainRecipe | DistillRecipe] = TypeAdapter(Recipe)
