@@ -51,6 +51,7 @@ def save_checkpoint(
             _fsync(file)
             hashes[name] = _sha256(file)
         state = {"format": FORMAT, "images_seen": images_seen, "files": hashes, "meta": dict(meta)}
+        state["sha256"] = _content_sha256(state)
         (beside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         _fsync(beside / "state.json")
         _fsync(beside)
@@ -107,6 +108,9 @@ def _load(path: Path) -> Checkpoint:
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
         raise ValueError(f"format {state.get('format')!r} is not {FORMAT!r}")
+    # The first checkpoints of this format did not record a hash of state.json itself.
+    if "sha256" in state and state.pop("sha256") != _content_sha256(state):
+        raise ValueError("state.json does not have the recorded SHA-256")
     tensors = {}
     for name, digest in state["files"].items():
         file = path / f"{name}.safetensors"
@@ -120,6 +124,10 @@ def _candidates(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if p.is_dir() and p.name.isdigit()), reverse=True)
+
+
+def _content_sha256(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(file: Path) -> str:
