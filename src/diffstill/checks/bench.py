@@ -103,7 +103,7 @@ class Bench:
         """A trainer of one new arm. ``die_at``: raise ``Killed`` when that many steps are done and logged."""
         method = self.method(dropout)
         chosen = TrainSettings(
-            images=steps * BATCH, batch_size=BATCH, lr=1e-3, **{"log_every": 1, "compile": False, **settings}
+            images=steps * BATCH, batch_size=BATCH, **{"lr": 1e-3, "log_every": 1, "compile": False, **settings}
         )
 
         def told(progress: Progress) -> None:
