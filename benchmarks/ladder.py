@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import has_compiler, native_bf16
+from machine import has_compiler
 from problem import Problem
 from product import LibraryStep, exact
 from step import Step, Switches
 from timing import Round, Spread, Stopwatch
 
-from diffstill.engine.runtime import Runtime
+from diffstill.engine.runtime import Runtime, native_bf16
 from diffstill.methods.base import Batch
 
 SAME_LOSS = 1e-4

@@ -11,17 +11,10 @@ from typing import Any
 
 import torch
 
+from diffstill.engine.runtime import native_bf16
+
 BUSY_LOAD = 0.5
 """Load average a core above which other work competes with the measurement."""
-
-
-def native_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware; elsewhere autocast is emulated and slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type == "cpu":
-        return bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
-    return False
 
 
 def has_compiler(device: torch.device) -> bool:
@@ -89,7 +82,3 @@ def _cpu_info(field: str) -> str:
 
 def _cpu_model() -> str:
     return _cpu_info("model name") or platform.processor() or platform.machine()
-
-
-def _cpu_flags() -> set[str]:
-    return set((_cpu_info("flags") or _cpu_info("Features")).split())

@@ -37,7 +37,7 @@ class LibraryStep:
         set_autotune(True)  # as Runtime does on CUDA
 
     def __call__(self) -> None:
-        self.trainer._step()
+        self.trainer.step()
         if self.arm.count >= self.settings.log_every:
             self.arm.take_means()
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from diffstill import recipe as schema
+from diffstill.recipe import schema
 from diffstill.cli import build_parser, parse
 from diffstill.errors import InputError
 from diffstill.jobs.arena import choose_arms

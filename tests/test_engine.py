@@ -226,7 +226,7 @@ def test_the_arm_evaluates_the_average_of_its_weights(tmp_path: Path) -> None:
     raw = arm.method.roles["student"]
     mean = {name: p.detach().clone() for name, p in raw.named_parameters()}
     for step in range(5):
-        trainer._step()
+        trainer.step()
         rate = min(0.5, (2 + step) / (11 + step))
         for name, p in raw.named_parameters():
             mean[name] = rate * mean[name] + (1 - rate) * p.detach()
@@ -262,7 +262,7 @@ def test_the_optimizer_uses_the_rate_of_the_step_and_the_scale_of_the_role(tmp_p
     arm = trainer.arms[0]
     rates = []
     for _ in range(4):
-        trainer._step()
+        trainer.step()
         rates.append(arm.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([arm.learning_rate(8 * k) for k in range(4)])
     assert [group["weight_decay"] for group in arm.optimizer.param_groups] == [0.3, 0.0]

@@ -41,7 +41,7 @@ class Arm:
         self._clipped: list[nn.Parameter] = []
         for role, network in list(method.roles.items()):
             how = method.role_optimizers[role]
-            runtime.place(network, settings.channels_last)
+            runtime.place(network, runtime.channels_last(settings.channels_last))
             if how.ema:
                 self.ema[role] = Ema(network, settings.ema_decay, settings.ema_cap)
             trained = [p for p in network.parameters() if p.requires_grad]
@@ -57,7 +57,8 @@ class Arm:
         self._refused = False
         if self._unproven:
             unwrap(method.student.network).compile()
-        method.student.autocast_dtype = runtime.dtype(settings.precision)
+        height, width = method.student.sample_shape[1:]
+        method.student.autocast_dtype = runtime.dtype(settings.precision, pixels=height * width)
         self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
         self.sums: dict[str, Tensor] = {}
         self.count = 0

@@ -77,16 +77,16 @@ class Trainer:
         self.seconds = 0.0
         self.warnings: list[str] = []
         self._cache: dict[int, list[tuple[Batch, TeacherOutputs | None]]] = {}
-        stream.channels_last(settings.channels_last)
+        stream.channels_last(runtime.channels_last(settings.channels_last))
         self.teacher = None if teacher is None else self._training_view(teacher)
 
     def _training_view(self, teacher: Denoiser) -> Denoiser:
         """The frozen teacher in training precision, compiled where that is on; the one given stays as it is."""
-        self.runtime.place(teacher.freeze().network, self.settings.channels_last)
+        self.runtime.place(teacher.freeze().network, self.runtime.channels_last(self.settings.channels_last))
         view = teacher.with_network(teacher.network)
         if self.runtime.compiles(self.settings.compile) and "features" not in union_of_needs(self.arms):
             view = teacher.with_network(torch.compile(teacher.network))  # type: ignore[arg-type]
-        view.autocast_dtype = self.runtime.dtype(self.settings.teacher_precision)
+        view.autocast_dtype = self.runtime.dtype(self.settings.teacher_precision, frozen=True)
         return view
 
     def run(self) -> None:
@@ -113,7 +113,7 @@ class Trainer:
         logged_images, seconds_before = self.images_seen, self.seconds
         probe_every = s.probe_every or max(s.batch_size, self.total // 10)
         while self.images_seen < self.total:
-            self._step()
+            self.step()
             step = self.images_seen // s.batch_size
             now = time.monotonic()
             self.seconds = seconds_before + now - began
@@ -139,7 +139,8 @@ class Trainer:
                     signum, f"stopped by a signal at {self.images_seen} images; saved; run the same command to go on"
                 )
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """One global batch: every active arm's forward, backward and update."""
         active = [arm for arm in self.arms if arm.failed is None and self.images_seen < arm.images]
         if not active:
             self.images_seen = self.total

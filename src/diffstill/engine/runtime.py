@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,6 +16,25 @@ from accelerate import Accelerator
 from torch import nn
 
 from .settings import Precision
+
+BF16_PIXELS = 32 * 32
+"""Height x width from which a trained network gains by bf16 on a CPU."""
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware; elsewhere autocast is emulated and slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and bool(_cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return set()
+    found = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE)
+    return set(found.group(1).split()) if found else set()
 
 
 class Runtime:
@@ -43,11 +64,20 @@ class Runtime:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def dtype(self, precision: Precision) -> torch.dtype | None:
-        """Autocast dtype, or None for float32."""
+    def dtype(self, precision: Precision, *, frozen: bool = False, pixels: int = 0) -> torch.dtype | None:
+        """Autocast dtype, or None for float32.
+
+        ``auto`` is bf16 where the device multiplies it natively and it was measured to gain: on CUDA always; on a CPU
+        for frozen networks, and for trained ones on images of ``BF16_PIXELS`` or more (docs/decisions.md).
+        """
         if precision == "auto":
-            precision = "bf16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+            gains = self.device.type == "cuda" or frozen or pixels >= BF16_PIXELS
+            precision = "bf16" if gains and native_bf16(self.device) else "fp32"
         return torch.bfloat16 if precision == "bf16" else None
+
+    def channels_last(self, asked: bool | str) -> bool:
+        """Whether to use that memory layout; ``auto`` means on CUDA (CPUs with bf16 autocast lose by it)."""
+        return asked is True or (asked == "auto" and self.device.type == "cuda")
 
     def compiles(self, asked: bool | str) -> bool:
         """Whether to use torch.compile; ``auto`` means on CUDA (on a CPU the warm-up outlasts short runs)."""

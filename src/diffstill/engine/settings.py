@@ -26,13 +26,17 @@ class TrainSettings(BaseModel):
     grad_clip: float | None = Field(1.0, gt=0, description="global gradient norm; null: none")
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="of the weights that are evaluated and saved")
     ema_cap: bool = Field(True, description="cap the decay by (1+n)/(10+n), so short runs forget their start")
-    precision: Precision = Field("auto", description="auto: bf16 autocast on CUDA, fp32 on the CPU")
-    teacher_precision: Precision = Field("auto", description="of the frozen teacher's forward")
+    precision: Precision = Field(
+        "auto", description="autocast of trained networks; auto: bf16 where the device has it (on a CPU from 32x32 on)"
+    )
+    teacher_precision: Precision = Field(
+        "auto", description="of the frozen teacher's forward; auto: bf16 where the device has it"
+    )
     teacher_reuse: int = Field(
         1, ge=1, description="student updates that each computed teacher output serves (docs/decisions.md: its price)"
     )
     compile: Literal["auto", True, False] = Field("auto", description="torch.compile; auto: on CUDA")
-    channels_last: bool = Field(True, description="memory layout of the networks")
+    channels_last: Literal["auto", True, False] = Field("auto", description="memory layout; auto: on CUDA")
     log_every: int = Field(50, gt=0, description="steps between log records")
     checkpoint_every: int | None = Field(None, gt=0, description="images between checkpoints; null: by minutes alone")
     checkpoint_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints; always one at the end")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..engine.runtime import native_bf16
 
 CORE = ("torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "pydantic", "numpy", "scipy",
         "scikit-learn", "pillow", "matplotlib", "rich", "jinja2")  # fmt: skip
@@ -51,7 +52,7 @@ def examine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": devices[0] if devices else ("mps" if torch.backends.mps.is_available() else "cpu"),
         "devices": devices,
-        "bf16": bool(cuda and torch.cuda.is_bf16_supported()) or _cpu_bf16(),
+        "bf16": native_bf16(torch.device("cuda" if cuda else "cpu")),
         "free_disk_gib": round(free, 1),
         "packages": packages,
         "extras": extras,
@@ -65,12 +66,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_bf16() -> bool:
-    """Whether the CPU multiplies bf16 natively (AVX-512 BF16 or AMX); otherwise bf16 is slower than fp32."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            return "avx512_bf16" in file.read() or False
-    except OSError:
-        return False
