@@ -417,6 +417,20 @@ def test_any_damage_to_any_file_is_seen_and_the_one_before_is_taken(tmp_path: Pa
         assert_same(found.tensors[name], tensors)
 
 
+def test_no_digit_of_the_description_can_change_unseen(tmp_path: Path) -> None:
+    file = saved(tmp_path, 8) / "000000000008" / "state.json"
+    text = file.read_text()
+    name = text.index('"sha256"')  # without its name the hash is not looked for, but nothing else is changed
+    digits = [at for at, sign in enumerate(text) if sign in "0123456789" and not name <= at < name + 8]
+    assert len(digits) > 100
+    for at in digits:
+        file.write_text(text[:at] + str(9 - int(text[at])) + text[at + 1 :])
+        with pytest.raises(RunFailed, match="can be read"):
+            load_latest(tmp_path)
+    file.write_text(text)
+    assert load_latest(tmp_path)[0] is not None
+
+
 def test_damaged_checkpoints_do_not_push_good_ones_out(tmp_path: Path) -> None:
     (saved(tmp_path, 8, 16) / "000000000016" / "state.json").unlink()
     load_latest(tmp_path)
@@ -592,21 +606,22 @@ def two_arms(folder: Path, other: type[Dash] = Dash, die_at: int | None = None, 
 
 @pytest.mark.parametrize("killed_at", [3, 6])
 def test_a_run_of_two_arms_resumes_bit_exactly(tmp_path: Path, killed_at: int) -> None:
-    whole = two_arms(tmp_path / "whole", checkpoint_every=16)
+    every = {"checkpoint_every": 16, "log_every": 3}  # half-finished averages have to survive, too
+    whole = two_arms(tmp_path / "whole", **every)
     whole.run()
     with pytest.raises(KeyboardInterrupt):
-        two_arms(tmp_path / "cut", die_at=killed_at, checkpoint_every=16).run()
+        two_arms(tmp_path / "cut", die_at=killed_at, **every).run()
     left, _ = load_latest(tmp_path / "cut" / "checkpoints")
     assert left is not None
     assert left.images_seen == 16 * ((killed_at - 1) // 2)
-    again = two_arms(tmp_path / "cut", checkpoint_every=16)
+    again = two_arms(tmp_path / "cut", **every)
     again.run()
     for a, b in zip(whole.arms, again.arms, strict=True):
         assert_same(a.tensors(), b.tensors())
         assert losses(tmp_path / "whole", a.name) == losses(tmp_path / "cut", a.name)
         assert b.seconds > 0
-    assert len(losses(tmp_path / "cut", "short")) == 4
-    assert len(losses(tmp_path / "cut", "arm")) == 8
+    assert [images for images, _ in losses(tmp_path / "cut", "short")] == [24, 48]
+    assert [images for images, _ in losses(tmp_path / "cut", "arm")] == [24, 48, 64]
 
 
 def test_an_arm_trains_alike_alone_and_in_company(tmp_path: Path) -> None:
