@@ -36,7 +36,7 @@ from diffstill.engine.state import load_latest, pack_optimizer, save_checkpoint,
 from diffstill.engine.stream import BatchStream, micro_batches
 from diffstill.errors import InputError, Interrupted, RunFailed
 from diffstill.evaluation.guidance_fidelity import FidelityProbe
-from diffstill.methods import METHODS, Batch, Losses, TeacherOutputs
+from diffstill.methods import METHODS, Batch, Losses, RoleOptimizer, TeacherOutputs
 from diffstill.methods.dash import Dash
 
 CPU = torch.device("cpu")
@@ -266,6 +266,14 @@ def test_the_optimizer_uses_the_rate_of_the_step_and_the_scale_of_the_role(tmp_p
         rates.append(arm.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([arm.learning_rate(8 * k) for k in range(4)])
     assert [group["weight_decay"] for group in arm.optimizer.param_groups] == [0.3, 0.0]
+    method = bench.method()
+    method.role_optimizers["curriculum"] = RoleOptimizer(lr_scale=10)
+    scaled = Arm("arm", method, trainer.settings, bench.runtime)
+    batch = bench.batch()
+    assert method.teacher is not None
+    scaled.backward(batch, TeacherOutputs(method.teacher, batch, method.teacher_needs), 1.0, True)
+    scaled.update(8)
+    assert [group["lr"] for group in scaled.optimizer.param_groups] == pytest.approx([rates[1], 10 * rates[1]])
     assert bool(bench.method().roles["curriculum"].logits.eq(0).all())
     assert bool(arm.method.roles["curriculum"].logits.ne(0).any())
 
@@ -292,6 +300,10 @@ def test_micro_batches_train_the_same_network(tmp_path: Path) -> None:
     a, b = losses(tmp_path / "None"), losses(tmp_path / "2")
     assert [i for i, _ in a] == [i for i, _ in b] == [8, 16, 24, 32, 40, 48]
     assert [v for _, v in a] == pytest.approx([v for _, v in b], rel=1e-4)
+    for part in ("imitation", "null", "anchor", "grad_norm"):
+        one, many = ([r[part] for r in read_log(tmp_path / size / "log.jsonl") if part in r] for size in ("None", "2"))
+        assert len(one) == 6
+        assert one == pytest.approx(many, rel=1e-3)
     for x, y in zip(
         whole.arms[0].student.network.parameters(), parts.arms[0].student.network.parameters(), strict=True
     ):
