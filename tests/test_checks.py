@@ -26,6 +26,8 @@ from diffstill.methods.base import per_sample_mse
 from diffstill.methods.dash import Dash
 from diffstill.methods.distillation import Distillation, DistillOptions
 from diffstill.models.denoiser import Denoiser
+from diffstill.models.folder import save_model
+from diffstill.models.lineage import Lineage
 
 OWN_METHOD = Path(__file__).parents[1] / "docs" / "own-method.md"
 
@@ -392,6 +394,16 @@ def test_unknown_targets_are_refused_in_one_line(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=says) as caught:
             run_check(target, quick=True)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_a_model_folder_is_checked_as_it_would_be_sampled(tmp_path: Path, guided: bool) -> None:
+    lineage = Lineage(name="tiny", method="dash", created="2000-01-01T00:00:00Z")
+    save_model(tiny_denoiser((8, 8), 0), tmp_path / "model", lineage=lineage, class_names=list("abc"), guided=guided)
+    report = run_check(str(tmp_path / "model"))
+    assert report.ok, str(report)
+    assert report.target == "denoiser UNet2DModel"
+    assert report["null label"].skipped is not guided
 
 
 def test_a_report_is_readable_by_people_and_machines() -> None:
