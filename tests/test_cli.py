@@ -43,7 +43,7 @@ def test_another_recipe_in_the_same_folder_is_refused_and_named(
     code = main(["distill", "digits-dash", *TINY, "training.lr=3e-3", "--out", str(tiny_run), "--quiet"])
     error = capsys.readouterr().err
     assert code == 2
-    assert "training.lr: 0.002 -> 0.003" in error
+    assert "training.lr: 0.004 -> 0.003" in error
     assert error.count("\n") == 1
     assert (tiny_run / "receipt.json").exists()
 

@@ -130,7 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--clip", choices=("recompute", "paper", "none"), default="recompute")
 
     evaluate = command("eval", _eval, "measure a model",
-                       "diffstill eval runs/demo/model --teacher runs/demo/teacher", out="runs/eval-NAME")  # fmt: skip
+                       "diffstill eval runs/demo/model --teacher runs/demo/teacher",
+                       out="runs/eval-RUN-MODEL")  # fmt: skip
     evaluate.add_argument("model", help="a model folder or hub id")
     evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="of the protocol: samples=5000 steps=20")
     evaluate.add_argument("--teacher", default=None, help="measure guidance fidelity against this model")
@@ -191,12 +192,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
     recipe = _load(arguments)
     require_kind(recipe, arguments.command)
+    runtime, ui = _session(arguments, recipe.device)
     if arguments.dry_run:
-        planned = plan(recipe)
+        planned = plan(recipe, runtime)
         _print(arguments, planned.as_json(), planned.as_text())
         return 0
     out = arguments.out or Path("runs") / recipe.name
-    runtime, ui = _session(arguments, recipe.device)
     try:
         job: Any = train if recipe.kind == "train" else distill
         finished = job(recipe, out, runtime, ui, fresh=arguments.fresh)
@@ -206,7 +207,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _arena(arguments: argparse.Namespace) -> int:
-    from .jobs.arena import arena
+    from .jobs.arena import arena, choose_arms
     from .jobs.plan import plan
     from .jobs.train import require_kind
 
@@ -214,13 +215,14 @@ def _arena(arguments: argparse.Namespace) -> int:
     require_kind(recipe, "distill")
     if arguments.seeds < 1:
         raise InputError("seeds", arguments.seeds, "use 1 or more")
+    chosen = arguments.methods.split(",") if arguments.methods else None
+    arms = choose_arms(recipe, chosen)
+    runtime, ui = _session(arguments, recipe.device)
     if arguments.dry_run:
-        planned = plan(recipe)
+        planned = plan(recipe, runtime, arms)
         _print(arguments, planned.as_json(), planned.as_text())
         return 0
     out = arguments.out or Path("runs") / f"arena-{recipe.name}"
-    runtime, ui = _session(arguments, recipe.device)
-    chosen = arguments.methods.split(",") if arguments.methods else None
     try:
         result = arena(recipe, out, runtime, ui, methods=chosen, seeds=arguments.seeds, fresh=arguments.fresh)
     finally:
@@ -268,7 +270,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     from .jobs.evaluate import evaluate, protocol_of
 
     runtime, ui = _session(arguments, "auto")
-    out = arguments.out or Path("runs") / f"eval-{Path(arguments.model).resolve().name}"
+    out = arguments.out or Path("runs") / f"eval-{'-'.join(Path(arguments.model).resolve().parts[-2:])}"
     try:
         finished = evaluate(
             arguments.model, out, runtime, ui, teacher=arguments.teacher, data=arguments.data,

@@ -49,14 +49,16 @@ class ImageStore:
         self.resident = device.type == "cpu" or data.images.numel() <= resident_limit
         where = device if self.resident else torch.device("cpu")
         self.images, self.labels = data.images.to(where), data.labels.to(where)
-        if not self.resident:
-            self.images, self.labels = self.images.pin_memory(), self.labels.pin_memory()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) uint8 and labels (B,) int64 on the device."""
-        index = index.to(self.images.device)
+        if self.device.type == "cuda" and self.resident:
+            # From pinned memory the copy does not wait for the device.
+            index = index.pin_memory().to(self.device, non_blocking=True)
         images, labels = self.images[index], self.labels[index]
+        if not self.resident:
+            images, labels = images.pin_memory(), labels.pin_memory()
         return images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -53,7 +53,7 @@ class Arm:
         for module in method.frozen.values():
             runtime.place(module, channels_last=False)
         self.warnings: list[str] = []
-        self._unproven = runtime.compiles(settings.compile) and method.compiles
+        self._unproven = runtime.compiles(settings.compile, settings.steps) and method.compiles
         self._refused = False
         if self._unproven:
             unwrap(method.student.network).compile()
@@ -100,11 +100,14 @@ class Arm:
         drops = any(isinstance(m, nn.Dropout) and m.p > 0 for m in student.modules())
 
         def gradients() -> Tensor:
-            with self.runtime.accumulate(self.method.roles["student"], last=False):
-                self.method.loss(batch, teacher).total.backward()
-            found = [p.grad.flatten().float() for p in student.parameters() if p.grad is not None]
-            self.optimizer.zero_grad(set_to_none=True)
-            return torch.cat(found)
+            try:
+                with ExitStack() as stack:
+                    for role in self.method.roles.values():
+                        stack.enter_context(self.runtime.accumulate(role, last=False))
+                    self.method.loss(batch, teacher).total.backward()
+                return torch.cat([p.grad.flatten().float() for p in student.parameters() if p.grad is not None])
+            finally:
+                self.optimizer.zero_grad(set_to_none=True)
 
         was = student.training
         student.train(was and not drops)
@@ -141,6 +144,10 @@ class Arm:
         values = self.runtime.mean(torch.stack([self.sums[n].float() for n in names])) / self.count
         self.sums, self.count = {}, 0
         return dict(zip(names, values.tolist(), strict=True))
+
+    def share_sums(self) -> None:
+        """Means over processes in place of each one's own sums: what one process saves is then true for all."""
+        self.sums = {name: self.runtime.mean(value) for name, value in self.sums.items()}
 
     def finite(self) -> bool:
         """False when a loss since the last log point, or a weight, is NaN or infinite on any process."""

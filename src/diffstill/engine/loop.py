@@ -84,7 +84,8 @@ class Trainer:
         """The frozen teacher in training precision, compiled where that is on; the one given stays as it is."""
         self.runtime.place(teacher.freeze().network, self.runtime.channels_last(self.settings.channels_last))
         view = teacher.with_network(teacher.network)
-        if self.runtime.compiles(self.settings.compile) and "features" not in union_of_needs(self.arms):
+        compiles = self.runtime.compiles(self.settings.compile, self.settings.steps)
+        if compiles and "features" not in union_of_needs(self.arms):
             view = teacher.with_network(torch.compile(teacher.network))  # type: ignore[arg-type]
         view.autocast_dtype = self.runtime.dtype(self.settings.teacher_precision, frozen=True)
         return view
@@ -238,7 +239,7 @@ class Trainer:
     def _probe(self) -> None:
         assert self.probe is not None
         for arm in self.arms:
-            if arm.failed or not arm.method.guided or not arm.method.teacher_needs:
+            if arm.failed or not arm.method.guided:
                 continue
             values = dict(self.probe(arm.student))
             self.log.write(images=self.images_seen, arm=arm.name, event="probe", **_plain(values))
@@ -256,6 +257,7 @@ class Trainer:
         for arm in self.arms:
             if arm.failed is None and not arm.finite():
                 self._diverged(arm)
+            arm.share_sums()
         if self.runtime.is_main:
             meta: dict[str, Any] = {
                 "arms": {arm.name: arm.meta() for arm in self.arms},

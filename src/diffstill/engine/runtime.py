@@ -17,6 +17,8 @@ from torch import nn
 
 from .settings import Precision
 
+COMPILE_STEPS = 3000
+"""Training steps from which ``compile: auto`` compiles."""
 BF16_PIXELS = 32 * 32
 """Height x width from which a trained network gains by bf16 on a CPU."""
 
@@ -47,6 +49,8 @@ class Runtime:
         use_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available() and not _mps())
         self.accelerator = Accelerator(cpu=use_cpu, mixed_precision="no")
         self.device: torch.device = self.accelerator.device
+        if device not in ("auto", self.device.type):
+            raise ValueError(f"device {device!r} is not to be had here; use auto or {self.device.type}")
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.backends.cuda.matmul.allow_tf32 = True
@@ -79,13 +83,13 @@ class Runtime:
         """Whether to use that memory layout; ``auto`` means on CUDA (CPUs with bf16 autocast lose by it)."""
         return asked is True or (asked == "auto" and self.device.type == "cuda")
 
-    def compiles(self, asked: bool | str) -> bool:
-        """Whether to use torch.compile; ``auto`` means on CUDA (on a CPU the warm-up outlasts short runs)."""
-        return asked is True or (asked == "auto" and self.device.type == "cuda")
+    def compiles(self, asked: bool | str, steps: int) -> bool:
+        """Whether to use torch.compile; ``auto`` means on CUDA, in runs long enough to earn the warm-up back."""
+        return asked is True or (asked == "auto" and self.device.type == "cuda" and steps >= COMPILE_STEPS)
 
     def place(self, network: nn.Module, channels_last: bool) -> nn.Module:
         """On the device, in the memory format that convolutions like."""
-        layout: dict[str, Any] = {"memory_format": torch.channels_last} if channels_last else {}
+        layout: Any = {"memory_format": torch.channels_last if channels_last else torch.contiguous_format}
         return network.to(self.device, **layout)
 
     def wrap(self, network: nn.Module) -> nn.Module:

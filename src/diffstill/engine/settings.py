@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -49,6 +50,10 @@ class TrainSettings(BaseModel):
             raise ValueError(f"images {self.images} is no multiple of batch_size {self.batch_size}; use {near}")
         if self.micro_batch and self.batch_size % self.micro_batch:
             raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)} must lie in [0, 1)")
+        if not math.isfinite(self.lr):
+            raise ValueError(f"lr {self.lr} is not finite; use 2e-4, say")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min {self.lr_min:g} is greater than lr {self.lr:g}")
         return self

@@ -32,10 +32,6 @@ class Draws:
         drawn = torch.rand(count, generator=self.generator(name), device=self.device)
         return drawn if whole_batch else drawn[self.part]
 
-    def narrow(self, part: slice) -> Draws:
-        start = self.part.start
-        return Draws(self.seed, self.images_seen, self.size, slice(start + part.start, start + part.stop), self.device)
-
 
 class BatchStream:
     """The endless stream of training batches of one data set.

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+from pydantic import ValidationError
+
 from ..data.sources import DataSplits, load_data
 from ..engine.arm import Arm
 from ..engine.loop import Trainer
@@ -16,11 +19,12 @@ from ..evaluation.results import ModelEvaluation
 from ..methods import METHODS, Method, Setting
 from ..models.adapters import unwrap
 from ..recipe import ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, resolved
+from ..recipe.problems import one_line
 from ..report.arena import ArenaArm, ArenaResult, ArmSeed, Budget
 from ..report.page import write_arena
 from ..report.receipt import environment, write_text
-from .build import Teacher, build_method, build_student, probe_data
-from .distill import PROBE_PAIRS, blank_teacher, obtain_teacher, prepare_student
+from .build import Teacher, build_method, build_student, check_data, check_run, probe_data
+from .distill import PROBE_PAIRS, blank_teacher, inputs_of, obtain_teacher
 from .finish import Subject, describe_data, draw_pictures, evaluator_for
 from .folder import RunFolder
 from .stage import Planned, run_stage
@@ -71,15 +75,17 @@ def arena(
     data = load_data(recipe.data)
     arms = choose_arms(recipe, methods)
     reference = recipe.arena.reference if recipe.arena.reference in arms else next(iter(arms))
-    prepare_student(recipe, data, blank_teacher(recipe, data))
-    identity = {**resolved(recipe), "arms": list(arms), "seeds": seeds}
-    folder = RunFolder(out, identity, fresh=fresh, write=runtime.is_main)
-    runtime.barrier()
-    evaluator = evaluator_for(recipe.evaluation, data, runtime, ui)
-    teacher, _ = obtain_teacher(recipe, data, folder, runtime, ui)
-    # Refuse what does not fit before the first long pass, not after it.
+    blank = blank_teacher(recipe, data)
+    check_run(recipe, blank.denoiser.schedule.T, runtime)
     for spec in arms.values():
-        _build(recipe, spec, teacher, recipe.seed)
+        check_data(data, blank.denoiser)
+        build_arm(recipe, spec, blank, recipe.seed)
+    identity = {**resolved(recipe), "arms": sorted(arms)}
+    folder = RunFolder(out, identity, inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)
+    evaluator = evaluator_for(recipe.evaluation, data, runtime)
+    folder.claim()
+    runtime.barrier()
+    teacher, _ = obtain_teacher(recipe, data, folder, runtime, ui)
     session = _Session(recipe, data, folder.path, runtime, ui, evaluator, teacher)
     found: dict[str, list[ArmSeed]] = {name: [] for name in arms}
     parameters: dict[str, int] = {}
@@ -148,14 +154,15 @@ class _Session:
         """One pass: every arm on the same stream of batches."""
         plans = []
         for arm, spec in arms.items():
-            method = _build(self.recipe, spec, self.teacher, seed)
+            method = build_arm(self.recipe, spec, self.teacher, seed)
             plans.append(Planned(arm, method, (images or {}).get(arm)))
         return run_stage(
             plans,
             title=f"{len(plans)} arms, {name}",
             data=self.data,
             flip=self.recipe.data.flip,
-            settings=self.recipe.training,
+            # Compiling would fall into the first arm's seconds.
+            settings=self.recipe.training.model_copy(update={"compile": False}),
             seed=seed,
             runtime=self.runtime,
             run_dir=self.path / name,
@@ -211,10 +218,15 @@ class _Session:
         return found
 
 
-def _build(recipe: DistillRecipe, spec: ArmSpec, teacher: Teacher, seed: int) -> Method:
+def build_arm(recipe: DistillRecipe, spec: ArmSpec, teacher: Teacher, seed: int) -> Method:
+    """An arm's method around its student: the recipe's, with what the arm overrides."""
     tree = {**recipe.student.model_dump(mode="json"), **spec.student}
-    student = build_student(NetworkSpec.model_validate(tree), spec.method, teacher.denoiser, seed)
-    return build_method(spec.method, Setting(student, teacher.denoiser, teacher.curriculum))
+    try:
+        network = NetworkSpec.model_validate(tree)
+    except ValidationError as error:
+        raise one_line(error, NetworkSpec, ("arena", "student")) from None
+    student = build_student(network, spec.method, teacher.denoiser, seed)
+    return build_method(spec.method, Setting(student, teacher.denoiser, teacher.curriculum), seed)
 
 
 def _size(arm: Arm) -> int:
@@ -223,9 +235,11 @@ def _size(arm: Arm) -> int:
 
 def _images_for_equal_seconds(arms: list[Arm], reference: str, batch: int) -> dict[str, int]:
     """Images for each arm that is clearly cheaper than the reference, so that it takes the reference's seconds."""
-    budget = next(arm.seconds for arm in arms if arm.name == reference)
+    # The mean over processes, so that all of them choose alike.
+    seconds = {arm.name: float(arm.runtime.mean(torch.tensor(arm.seconds, device=arm.runtime.device))) for arm in arms}
+    budget = seconds[reference]
     return {
-        arm.name: round(arm.images * budget / arm.seconds / batch) * batch
+        arm.name: round(arm.images * budget / seconds[arm.name] / batch) * batch
         for arm in arms
-        if arm.failed is None and 0 < arm.seconds < CHEAPER * budget
+        if arm.failed is None and 0 < seconds[arm.name] < CHEAPER * budget
     }

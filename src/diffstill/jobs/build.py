@@ -14,6 +14,7 @@ from ..data.dataset import ImageData
 from ..data.sources import DataSplits
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
+from ..engine.runtime import Runtime
 from ..errors import InputError
 from ..methods import METHODS, Curriculum, Method, Setting
 from ..models.adapters import FAMILIES
@@ -21,7 +22,7 @@ from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
 from ..models.lineage import Lineage
 from ..models.students import inherit
-from ..recipe import MethodSpec, NetworkSpec
+from ..recipe import DistillRecipe, MethodSpec, NetworkSpec, TrainRecipe
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,19 @@ def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed
     return student
 
 
-def build_method(spec: MethodSpec, setting: Setting) -> Method:
-    return METHODS[spec.name](setting, spec.build_options())
+def build_method(spec: MethodSpec, setting: Setting, seed: int = 0) -> Method:
+    """A method; what it initialises itself (a projector, say) is a pure function of ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, "method"))
+        return METHODS[spec.name](setting, spec.build_options())
 
 
 def open_teacher(model: str, name: str = "teacher") -> Teacher:
     """A teacher from a model folder or hub id, frozen, with its curriculum where it has one."""
-    return as_teacher(load_model(model), name)
+    try:
+        return as_teacher(load_model(model), name)
+    except InputError as error:
+        raise InputError.about(f"teacher.{error.field}", str(error).removeprefix(f"{error.field}: ")) from None
 
 
 def as_teacher(loaded: LoadedModel, name: str = "teacher") -> Teacher:
@@ -112,6 +119,19 @@ def check_data(data: DataSplits, denoiser: Denoiser, whose: str = "teacher") -> 
     if data.num_classes != denoiser.num_classes:
         mend = f"use data with the {whose}'s {denoiser.num_classes} classes"
         raise InputError("data", f"{data.num_classes} classes", mend, problem="does not fit")
+
+
+def check_run(recipe: TrainRecipe | DistillRecipe, T: int, runtime: Runtime) -> None:
+    """What neither the schema nor the networks can tell.
+
+    Raises:
+        InputError: more sampling steps than timesteps, or a batch that the processes cannot share.
+    """
+    if recipe.evaluation.steps > T:
+        raise InputError("evaluation.steps", recipe.evaluation.steps, f"use 1..{T}, the length of the schedule")
+    if recipe.training.batch_size % runtime.world:
+        mend = f"use a multiple of the {runtime.world} processes"
+        raise InputError("training.batch_size", recipe.training.batch_size, mend)
 
 
 def probe_data(data: DataSplits) -> ImageData:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal
 
 from ..data.sources import DataSplits, load_data
 from ..engine.runtime import Runtime
@@ -11,9 +12,10 @@ from ..evaluation.guidance_fidelity import FidelityProbe
 from ..methods import METHODS, Method, Setting
 from ..models.denoiser import Denoiser
 from ..models.folder import load_model
+from ..models.lineage import weights_sha256
 from ..recipe import DistillRecipe, TrainRecipe, load_recipe, resolved
 from ..report.receipt import Receipt, TrainingSummary
-from .build import Teacher, build_denoiser, build_method, build_student, check_data, open_teacher, probe_data
+from .build import Teacher, build_denoiser, build_method, build_student, check_data, check_run, open_teacher, probe_data
 from .finish import Subject, evaluator_for, finish_run
 from .folder import RunFolder
 from .stage import Planned, run_stage, summarise
@@ -53,7 +55,14 @@ def blank_teacher(recipe: DistillRecipe, data: DataSplits) -> Teacher:
         "teacher.network",
     )
     method = build_method(upstream.method, Setting(denoiser))
-    return Teacher(denoiser, getattr(method, "curriculum", None), None, None)
+    return Teacher(denoiser, method.curriculum, None, None)
+
+
+def inputs_of(recipe: DistillRecipe, data: DataSplits, teacher: Teacher) -> dict[str, Any]:
+    """What the recipe only names, for the run folder's identity: the data, and the teacher's recipe or weights."""
+    upstream = teacher_recipe(recipe)
+    named = {"recipe": resolved(upstream)} if upstream else {"weights": weights_sha256(teacher.denoiser.network)}
+    return {"data": data.fingerprint(), "teacher": named}
 
 
 def prepare_student(recipe: DistillRecipe, data: DataSplits, teacher: Teacher) -> tuple[Denoiser, Method]:
@@ -61,7 +70,8 @@ def prepare_student(recipe: DistillRecipe, data: DataSplits, teacher: Teacher) -
     trained or a file is written."""
     check_data(data, teacher.denoiser)
     student = build_student(recipe.student, recipe.method, teacher.denoiser, recipe.seed)
-    return student, build_method(recipe.method, Setting(student, teacher.denoiser, teacher.curriculum))
+    setting = Setting(student, teacher.denoiser, teacher.curriculum)
+    return student, build_method(recipe.method, setting, recipe.seed)
 
 
 def obtain_teacher(
@@ -80,7 +90,13 @@ def obtain_teacher(
 
 
 def distill(
-    recipe: DistillRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bool = False, kind: str = "distill"
+    recipe: DistillRecipe,
+    out: Path,
+    runtime: Runtime,
+    ui: Ui,
+    *,
+    fresh: bool = False,
+    kind: Literal["distill", "demo"] = "distill",
 ) -> Finished:
     """A whole ``diffstill distill``: teacher where needed, student, evaluation of both, receipt, report.
 
@@ -89,12 +105,15 @@ def distill(
         RunFailed, Interrupted: see ``Trainer.run``.
     """
     data = load_data(recipe.data)
-    prepare_student(recipe, data, blank_teacher(recipe, data))
-    folder = RunFolder(out, resolved(recipe), fresh=fresh, write=runtime.is_main)
-    runtime.barrier()
-    if folder.receipt.exists():
+    blank = blank_teacher(recipe, data)
+    prepare_student(recipe, data, blank)
+    check_run(recipe, blank.denoiser.schedule.T, runtime)
+    folder = RunFolder(out, resolved(recipe), inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)
+    if folder.finished:
         return Finished(out, Receipt.load(folder.receipt), already=True)
-    evaluator = evaluator_for(recipe.evaluation, data, runtime, ui)
+    evaluator = evaluator_for(recipe.evaluation, data, runtime)
+    folder.claim()
+    runtime.barrier()
     teacher, summaries = obtain_teacher(recipe, data, folder, runtime, ui)
     _, method = prepare_student(recipe, data, teacher)
     probe = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -73,6 +74,10 @@ def sample(
     model = load_model(source, runtime.device)
     scale = guidance_of(guidance, model)
     wanted = parse_labels(labels, model.class_names)
+    if count is not None and count < 1:
+        raise InputError("n", count, "ask for one image or more")
+    if out.suffix and out.suffix.lower() != ".png":
+        raise InputError("out", str(out), "name a .png file for a grid, or a folder for single images")
     if seed < 0:
         raise InputError("seed", seed, "use 0 or a greater whole number")
     per_row = 8
@@ -81,8 +86,6 @@ def sample(
         wanted = (torch.arange(count) % len(classes) if count else classes.repeat_interleave(per_row)).tolist()
     elif count:
         wanted = (wanted * count)[:count]
-    if not wanted:
-        raise InputError("n", count, "ask for one image or more")
     with ui.bar("sample", len(wanted)) as bar:
         images = sample_images(
             model.denoiser,
@@ -103,7 +106,8 @@ def sample(
         else:
             out.mkdir(parents=True, exist_ok=True)
             for number, (image, label) in enumerate(zip(images, wanted, strict=True)):
-                save_png(grid(image[None], 1, factor=1), out / f"{number:06d}-{model.class_names[label]}.png")
+                name = re.sub(r"[^\w.-]+", "_", model.class_names[label])
+                save_png(grid(image[None], 1, factor=1), out / f"{number:06d}-{name}.png")
     except OSError as error:
         raise RunFailed(f"cannot write {out}: {error}") from error
     return out
@@ -129,6 +133,8 @@ def evaluate(
         raise InputError("data", None, "name it with --data, e.g. --data digits", problem="is not known from the model")
     data_spec = DataSpec.parse(data) if data is not None else recipe.data  # type: ignore[union-attr]
     spec = spec or (recipe.evaluation if recipe else EvaluationSpec())
+    if (out / "receipt.json").exists() and Receipt.load(out / "receipt.json").kind != "eval":
+        raise InputError("out", str(out), "name another folder", problem="holds a run, whose receipt would be lost")
     splits = load_data(data_spec)
     check_data(splits, model.denoiser, "model")
     name = model.lineage.name if model.lineage else model.folder.name
@@ -140,8 +146,8 @@ def evaluate(
         made = as_teacher(loaded)
         made_method = loaded.lineage.method if loaded.lineage else ""
         subjects.insert(0, Subject("teacher", made.denoiser, made_method, loaded.folder))
-    evaluator = evaluator_for(spec, splits, runtime, ui)
-    models = evaluate_subjects(subjects, evaluator, ui)
+    evaluator = evaluator_for(spec, splits, runtime)
+    models = evaluate_subjects(subjects, evaluator, runtime, ui)
     receipt = Receipt(
         kind="eval",
         name=name,

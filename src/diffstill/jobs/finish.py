@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
 
@@ -18,8 +18,7 @@ from ..evaluation.results import ModelEvaluation
 from ..evaluation.sampling import sample_images
 from ..models.denoiser import Denoiser
 from ..models.folder import load_model, save_model
-from ..models.lineage import weights_sha256
-from ..recipe import EvaluationSpec, resolved
+from ..recipe import DistillRecipe, EvaluationSpec, TrainRecipe, resolved
 from ..report.page import write_report
 from ..report.pictures import class_grid, grid, save_png
 from ..report.receipt import Ancestor, DataSummary, Receipt, TrainingSummary, environment
@@ -43,7 +42,7 @@ class Subject:
     guided: bool = True
 
 
-def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime, ui: Ui) -> Evaluator:
+def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime) -> Evaluator:
     """The evaluator of a recipe's protocol; made before training, so that a missing extractor is said at once."""
     extractor = make_extractor(spec.extractor, data, device=runtime.device)
     settings = EvalSettings(
@@ -59,12 +58,14 @@ def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime, ui: 
 
 
 def evaluate_subjects(
-    subjects: Sequence[Subject], evaluator: Evaluator, ui: Ui, *, cost: bool = True
+    subjects: Sequence[Subject], evaluator: Evaluator, runtime: Runtime, ui: Ui, *, cost: bool = True
 ) -> dict[str, ModelEvaluation]:
     """Every subject under one protocol; fidelity against the subject called ``teacher``."""
     teacher = next((s.denoiser for s in subjects if s.role == "teacher"), None)
     found: dict[str, ModelEvaluation] = {}
     for subject in subjects:
+        # One memory layout for all, or their latencies would not compare.
+        runtime.place(subject.denoiser.network, channels_last=False)
         with ui.bar(f"evaluate {subject.role}", 1.0) as bar:
             bar.update(0.0)
             found[subject.role] = evaluator.evaluate(
@@ -75,13 +76,13 @@ def evaluate_subjects(
                 guided=subject.guided,
                 cost=cost,
                 progress=bar.update,
-            ).model_copy(update={"sha256": weights_sha256(subject.denoiser.network)})
+            )
     return found
 
 
 def finish_run(
-    kind: Any,
-    recipe: Any,
+    kind: Literal["train", "distill", "demo"],
+    recipe: TrainRecipe | DistillRecipe,
     data: DataSplits,
     folder: RunFolder,
     subjects: Sequence[Subject],
@@ -93,7 +94,7 @@ def finish_run(
     warnings: Sequence[str] = (),
 ) -> Receipt:
     """Evaluates, draws, writes ``report.html`` and ``receipt.json``; the receipt last, as the mark of a whole run."""
-    models = evaluate_subjects(subjects, evaluator, ui)
+    models = evaluate_subjects(subjects, evaluator, runtime, ui)
     receipt = Receipt(
         kind=kind,
         name=recipe.name,
@@ -103,7 +104,8 @@ def finish_run(
         data=describe_data(data),
         protocol=evaluator.protocol,
         models=models,
-        lineage=ancestry([s.folder for s in subjects if s.folder]),
+        # The first process alone reads the folders: it is about to write them again.
+        lineage=ancestry([s.folder for s in subjects if s.folder]) if runtime.is_main else [],
         training=summaries,
         warnings=list(warnings),
     )

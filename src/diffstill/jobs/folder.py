@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +12,7 @@ import yaml
 
 from ..errors import InputError, RunFailed
 from ..recipe import differences
+from ..report.receipt import write_text
 
 
 class RunFolder:
@@ -20,49 +21,74 @@ class RunFolder:
     Args:
         fresh: throw away what an earlier run left here.
         write: False on all processes but the first, which alone looks at the folder.
+        inputs: what the recipe only names: the fingerprint of the data, the teacher's recipe or hash (``inputs.json``).
 
     Raises:
-        InputError: where the folder holds a run of another recipe (the differing keys are named), or other files.
+        InputError: where the folder holds a run of another recipe or other inputs (what differs is named), or other
+            files. Nothing is written before ``claim``.
     """
 
-    def __init__(self, path: Path, recipe: Mapping[str, Any], *, fresh: bool = False, write: bool = True) -> None:
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        recipe: Mapping[str, Any],
+        inputs: Mapping[str, Any],
+        *,
+        fresh: bool = False,
+        write: bool = True,
+    ) -> None:
+        self.path, self._fresh, self._write = path, fresh, write
+        self._texts = {
+            "recipe.yaml": yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
+            "inputs.json": json.dumps(inputs, indent=1) + "\n",
+        }
         if not write:
             return
         file = path / "recipe.yaml"
         if path.exists() and not path.is_dir():
             raise InputError("out", str(path), "give a folder", problem="is a file")
-        if fresh and file.exists():
-            # Only a folder that is known to be a run is ever emptied.
-            shutil.rmtree(path)
         if file.exists():
-            self._same(file, recipe)
+            if not fresh:
+                self._same(file, recipe, "a different recipe")
+                self._same(path / "inputs.json", inputs, "other data or another teacher")
         elif path.exists() and any(path.iterdir()):
             raise InputError("out", str(path), "choose an empty or new folder", problem="holds files that are no run")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            if not file.exists():
-                beside = path / ".recipe.yaml"
-                beside.write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True), "utf-8")
-                os.replace(beside, file)
-        except OSError as error:
-            raise RunFailed(f"cannot write to {path}: {error}") from error
 
-    def _same(self, file: Path, recipe: Mapping[str, Any]) -> None:
+    @property
+    def finished(self) -> bool:
+        """Whether an earlier call did it all (and is not to be thrown away)."""
+        return self.receipt.exists() and not self._fresh
+
+    def claim(self) -> None:
+        """Makes the folder this run's; with ``fresh``, empties it first (only a folder that is known to be a run)."""
+        if not self._write:
+            return
         try:
-            old = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            if self._fresh and (self.path / "recipe.yaml").exists():
+                shutil.rmtree(self.path)
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name, text in self._texts.items():
+                if not (self.path / name).exists():
+                    write_text(self.path / name, text)
+        except OSError as error:
+            raise RunFailed(f"cannot write to {self.path}: {error}") from error
+
+    def _same(self, file: Path, wanted: Mapping[str, Any], what: str) -> None:
+        try:
+            text = file.read_text(encoding="utf-8")
+            old = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+        except (OSError, yaml.YAMLError, ValueError) as error:
             raise InputError(
-                "out", str(self.path), "use --fresh", problem=f"has a broken recipe.yaml ({error})"
+                "out", str(self.path), "use --fresh", problem=f"has a broken {file.name} ({error})"
             ) from None
-        changed = differences(old if isinstance(old, dict) else {}, recipe)
+        changed = differences(old if isinstance(old, dict) else {}, json.loads(json.dumps(wanted)))
         if changed:
             shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
             raise InputError(
                 "out",
                 str(self.path),
                 "use another --out, or --fresh to start over",
-                problem=f"holds a run of a different recipe ({shown})",
+                problem=f"holds a run of {what} ({shown})",
             )
 
     @property
@@ -76,7 +102,3 @@ class RunFolder:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.jsonl"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..data.sources import load_data
+from ..engine.runtime import Runtime
+from ..engine.settings import TrainSettings
 from ..evaluation.cost import TrainingForecast, predict_cost
-from ..methods import Setting
-from ..recipe import DistillRecipe, TrainRecipe, resolved, to_yaml
-from .build import build_denoiser, build_method
+from ..methods import Method, Setting
+from ..models.denoiser import Denoiser
+from ..recipe import ArmSpec, DistillRecipe, TrainRecipe, resolved, to_yaml
+from .arena import build_arm
+from .build import build_denoiser, build_method, check_run
 from .distill import blank_teacher, prepare_student, teacher_recipe
 
 
@@ -51,32 +56,46 @@ def _seconds(forecast: TrainingForecast, images: int) -> float:
     return forecast.seconds_per_1000_images * images / 1000
 
 
-def plan(recipe: TrainRecipe | DistillRecipe) -> Plan:
-    """Everything a run would refuse is refused here too; the rest is forecast."""
+def plan(recipe: TrainRecipe | DistillRecipe, runtime: Runtime, arms: Mapping[str, ArmSpec] | None = None) -> Plan:
+    """What a run would refuse of recipe, data and networks is refused here too; the rest is forecast on its device.
+
+    Args:
+        arms: of an arena; each is forecast by itself.
+    """
     data = load_data(recipe.data)
     settings = recipe.training
-    batch = settings.micro_batch or settings.batch_size
     if isinstance(recipe, TrainRecipe):
         denoiser = build_denoiser(
             recipe.network, data.shape, data.num_classes, recipe.schedule.build(), recipe.prediction_type, recipe.seed
         )
-        build_method(recipe.method, Setting(denoiser))
-        forecast = predict_cost(denoiser, batch_size=batch, student_passes=1)
-        return Plan(recipe, {recipe.name: (forecast, settings.images)})
+        method = build_method(recipe.method, Setting(denoiser))
+        check_run(recipe, denoiser.schedule.T, runtime)
+        return Plan(recipe, {recipe.name: (_forecast(method, None, settings, runtime), settings.images)})
     teacher = blank_teacher(recipe, data)
-    student, method = prepare_student(recipe, data, teacher)
+    check_run(recipe, teacher.denoiser.schedule.T, runtime)
     forecasts: dict[str, tuple[TrainingForecast, int]] = {}
     upstream = teacher_recipe(recipe)
     if upstream is not None:
-        up = upstream.training
-        first = predict_cost(teacher.denoiser, batch_size=up.micro_batch or up.batch_size, student_passes=1)
-        forecasts[upstream.name] = (first, up.images)
-    forecast = predict_cost(
-        student,
-        teacher.denoiser,
-        batch_size=batch,
-        student_passes=method.student_passes,
-        teacher_passes=len(method.teacher_needs & {"cond", "null"}),
-    )
-    forecasts[recipe.name] = (forecast, settings.images)
+        first = build_method(upstream.method, Setting(teacher.denoiser))
+        forecasts[upstream.name] = (_forecast(first, None, upstream.training, runtime), upstream.training.images)
+    if arms is None:
+        _, method = prepare_student(recipe, data, teacher)
+        forecasts[recipe.name] = (_forecast(method, teacher.denoiser, settings, runtime), settings.images)
+    for name, spec in (arms or {}).items():
+        method = build_arm(recipe, spec, teacher, recipe.seed)
+        forecasts[name] = (_forecast(method, teacher.denoiser, settings, runtime), settings.images)
     return Plan(recipe, forecasts)
+
+
+def _forecast(method: Method, teacher: Denoiser | None, settings: TrainSettings, runtime: Runtime) -> TrainingForecast:
+    runtime.place(method.student.network, channels_last=False)
+    passes = len(method.teacher_needs & {"cond", "null"})
+    if teacher is not None:
+        runtime.place(teacher.network, channels_last=False)
+    return predict_cost(
+        method.student,
+        teacher if passes else None,
+        batch_size=settings.micro_batch or settings.batch_size,
+        student_passes=method.student_passes,
+        teacher_passes=passes,
+    )

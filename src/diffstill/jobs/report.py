@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import InputError
-from ..report.page import write_comparison, write_report
+from ..report.arena import ArenaResult
+from ..report.page import write_arena, write_comparison, write_report
 from ..report.receipt import Receipt
 
 
 def report(runs: list[Path], out: Path | None) -> Path:
     """One run: its page again. Several: one page that compares them."""
+    if len(runs) == 1 and (runs[0] / "arena.json").is_file():
+        path = out or runs[0] / "report.html"
+        write_arena(ArenaResult.load(runs[0] / "arena.json"), path, runs[0])
+        return path
     found = [(run, Receipt.load(receipt_of(run))) for run in runs]
     if len(found) == 1:
         run_dir = receipt_of(runs[0]).parent

@@ -13,7 +13,6 @@ from ..engine.loop import Probe, Progress, Trainer
 from ..engine.runtime import Runtime
 from ..engine.settings import TrainSettings
 from ..engine.stream import BatchStream
-from ..errors import InputError
 from ..methods import Method
 from ..models.adapters import unwrap
 from ..models.denoiser import Denoiser
@@ -46,8 +45,6 @@ def run_stage(
     timed: bool = False,
 ) -> Trainer:
     """Trains (or resumes, or finds finished) one stage and returns its trainer."""
-    if settings.batch_size % runtime.world:
-        raise InputError("training.batch_size", settings.batch_size, f"use a multiple of the {runtime.world} processes")
     stream = BatchStream(
         data.train,
         plans[0].method.schedule,
@@ -104,4 +101,4 @@ def curriculum_bins(method: Method, bins: int = 20) -> list[float]:
     weights = dict(method.artefacts()).get("weights")
     if weights is None or torch.allclose(weights, torch.ones_like(weights), atol=1e-4):
         return []
-    return [float(part.mean()) for part in weights.double().tensor_split(bins)]
+    return [float(part.mean()) for part in weights.cpu().double().tensor_split(bins)]

@@ -16,7 +16,7 @@ from ..models.folder import load_model, save_model
 from ..models.lineage import DataRef, Lineage
 from ..recipe import DistillRecipe, TrainRecipe, resolved
 from ..report.receipt import Receipt, TrainingSummary
-from .build import Teacher, as_teacher, build_denoiser, build_method
+from .build import Teacher, as_teacher, build_denoiser, build_method, check_run
 from .finish import Subject, evaluator_for, finish_run
 from .folder import RunFolder
 from .stage import Planned, run_stage, summarise
@@ -48,7 +48,7 @@ def save_trained(
     **card: Any,
 ) -> Lineage:
     """The model folder of a trained EMA network, with its curriculum and lineage."""
-    curriculum: Any = getattr(method, "curriculum", None)
+    curriculum = method.curriculum
     tensors = dict(method.artefacts())
     lineage = Lineage.new(
         name or recipe.name,
@@ -67,7 +67,7 @@ def save_trained(
         guided=method.guided,
         default_guidance=default_guidance,
         curriculum=tensors or None,
-        curriculum_meta=curriculum.meta() if tensors else None,
+        curriculum_meta=curriculum.meta() if curriculum is not None and tensors else None,
         **card,
     )
 
@@ -79,7 +79,7 @@ def train_teacher(
     denoiser = build_denoiser(
         recipe.network, data.shape, data.num_classes, recipe.schedule.build(), recipe.prediction_type, recipe.seed
     )
-    method = build_method(recipe.method, Setting(denoiser))
+    method = build_method(recipe.method, Setting(denoiser), recipe.seed)
     trainer = run_stage(
         [Planned(recipe.name, method)],
         title=f"train {recipe.name}",
@@ -112,11 +112,14 @@ def train(recipe: TrainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
     build_denoiser(
         recipe.network, data.shape, data.num_classes, recipe.schedule.build(), recipe.prediction_type, recipe.seed
     )
-    folder = RunFolder(out, resolved(recipe), fresh=fresh, write=runtime.is_main)
-    runtime.barrier()
-    if folder.receipt.exists():
+    check_run(recipe, recipe.schedule.num_train_timesteps, runtime)
+    inputs = {"data": data.fingerprint()}
+    folder = RunFolder(out, resolved(recipe), inputs, fresh=fresh, write=runtime.is_main)
+    if folder.finished:
         return Finished(out, Receipt.load(folder.receipt), already=True)
-    evaluator = evaluator_for(recipe.evaluation, data, runtime, ui)
+    evaluator = evaluator_for(recipe.evaluation, data, runtime)
+    folder.claim()
+    runtime.barrier()
     teacher, summary = train_teacher(recipe, data, out, folder.model, runtime, ui)
     subject = Subject("teacher", teacher.denoiser, recipe.method.name, folder.model)
     receipt = finish_run(

@@ -170,6 +170,8 @@ class Method(ABC):
 
     student: Denoiser
     teacher: Denoiser | None
+    curriculum: Curriculum | None = None
+    """The timestep weights it trains with, where it has any; saved with the model."""
 
     def __init__(self, setting: Setting, options: Options) -> None:
         self.student = setting.student

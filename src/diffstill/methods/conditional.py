@@ -8,7 +8,7 @@ from .distillation import Distillation, DistillOptions
 
 @register
 class ConditionalOnly(Distillation):
-    """``E[w |S_c - T_c|^2]``; the student's null row stays at its initial value."""
+    """``E[w |S_c - T_c|^2]``; the student's null row is never trained (weight decay alone touches it)."""
 
     name = "conditional"
     summary = "output distillation of the conditional branch alone (the null branch stays untrained)"

@@ -82,6 +82,10 @@ class Curriculum(nn.Module):
         if self.options.rule == "uncertainty" and self.logits.requires_grad:
             u = self.logits[t]
             return (self.base[t] * (per_sample * torch.exp(-u) + u)).mean()
+        if self.logits.requires_grad and self.options.rule == "tirt" and self.options.clamp is not None:
+            # The parameter itself is kept inside: past the bound a clamp has no gradient, and lambda could not return.
+            with torch.no_grad():
+                self.logits.clamp_(-self.options.clamp, self.options.clamp)
         omega = self._omega()
         over_batch = self.logits.requires_grad and self.options.normalise == "batch"
         scale = (omega[t_global] if over_batch else omega).mean().clamp(min=1e-8)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from ..diffusion.prediction import target
 from .base import Batch, Losses, Options, Setting, TeacherOutputs, per_sample_mse, register
@@ -21,6 +21,12 @@ class DashOptions(DistillOptions):
         lt=1,
         description="ablation D11: label dropout on the conditional pass, those samples anchored to noise",
     )
+
+    @model_validator(mode="after")
+    def _some(self) -> DashOptions:
+        if self.lambda_im == self.lambda_un == self.lambda_an == 0:
+            raise ValueError("lambda_im, lambda_un and lambda_an are all 0; give one of them a weight")
+        return self
 
 
 @register

@@ -40,7 +40,7 @@ class Distillation(Method):
         return weigh(per_sample, batch.t, batch.t_global)
 
     def artefacts(self) -> Mapping[str, Tensor]:
-        return self.curriculum.table()
+        return self.curriculum.table() if self.curriculum else {}
 
 
 def require_teacher(setting: Setting) -> Denoiser:

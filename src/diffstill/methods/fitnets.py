@@ -14,7 +14,7 @@ from .composite import Composite, CompositeOptions
 
 
 class FitNetsOptions(CompositeOptions):
-    lambda_hint: float = Field(1.0, ge=0, description="weight of the mean hint loss")
+    lambda_hint: float = Field(1.0, gt=0, description="weight of the mean hint loss")
     stages: tuple[str, ...] = Field(("mid",), description="stages whose outputs are hinted: down.0, mid, up.1, ...")
 
 
@@ -50,7 +50,8 @@ class FitNets(Composite):
         assert teacher is not None
         with tapped(self.student.network) as features:
             cond, null = self.student.branches(batch.x_t, batch.t, batch.labels)
-        mine = {stage: features[stage].chunk(2)[0] for stage in self.options.stages}
+        # Taps may be bf16 (autocast ended inside the network); the projector is float32.
+        mine = {stage: features[stage].chunk(2)[0].float() for stage in self.options.stages}
         projected: dict[str, Tensor] = self.roles["projector"](mine)
         # Normalised sample by sample, so that the mean over micro-batches or processes is the mean over the batch.
         hints = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -56,11 +56,11 @@ class Supervised(Method):
         wanted = target(batch.x0, batch.noise, alpha, sigma, self.student.prediction_type)
         error = per_sample_mse(self.student(batch.x_t, batch.t, labels), wanted)
         # The role may be wrapped (DDP), so it is called through the roles table.
-        weigh = self.roles.get("curriculum", self.curriculum)
+        weigh: Any = self.roles.get("curriculum", self.curriculum)
         return Losses(weigh(error, batch.t, batch.t_global), {"mse": error.mean().detach()})
 
     def artefacts(self) -> Mapping[str, Tensor]:
-        return self.curriculum.table()
+        return self.curriculum.table() if self.curriculum else {}
 
 
 @register

@@ -60,7 +60,7 @@ def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
         InputError: whatever is wrong, in one line that names the field, the value and the mend.
     """
     tree = _tree(name, ())
-    pairs = overrides.items() if isinstance(overrides, Mapping) else [_split(item) for item in overrides]
+    pairs = _flat(overrides) if isinstance(overrides, Mapping) else [_split(item) for item in overrides]
     for key, value in pairs:
         _put(tree, key, value)
     return parse_recipe(tree)
@@ -133,6 +133,10 @@ def _tree(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
         raise InputError("recipe", where, " ".join(str(error).split()), problem="is no valid YAML") from None
     if not isinstance(tree, dict):
         raise InputError("recipe", where, "write key: value lines", problem="holds no mapping")
+    teacher = tree.get("teacher")
+    if isinstance(teacher, dict) and isinstance(teacher.get("recipe"), str) and teacher["recipe"] not in builtin:
+        beside = path.parent / teacher["recipe"]
+        teacher["recipe"] = str(beside) if beside.exists() else teacher["recipe"]
     parent = tree.pop("extends", None)
     if parent is None:
         return tree
@@ -150,14 +154,31 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, Mapping):
-            anew = any(k in value and value[k] != old.get(k) for k in ("name", "family") if key in _SWITCHED)
+            anew = any(k in value and value[k] != old.get(k) for k in _SWITCHED.get(key, ()))
             merged[key] = dict(value) if anew else _merge(old, value)
         else:
             merged[key] = value
     return merged
 
 
-_SWITCHED = ("method", "student", "network")
+_SWITCHED = {
+    "method": ("name",),
+    "student": ("family",),
+    "network": ("family",),
+    "teacher": ("model", "recipe"),
+}
+"""Keys by whose change a section starts anew."""
+
+
+def _flat(overrides: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted keys of a nested mapping, so that ``{training: {images: 640}}`` changes one key and keeps the section."""
+    found: list[tuple[str, Any]] = []
+    for key, value in overrides.items():
+        if isinstance(value, Mapping) and value:
+            found += _flat(value, f"{prefix}{key}.")
+        else:
+            found.append((f"{prefix}{key}", value))
+    return found
 
 
 def _split(item: str) -> tuple[str, Any]:
@@ -182,6 +203,6 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
         else:
             child = node[part] = dict(child)
         node = child
-    if last == "name" and parents and parents[-1] in ("method",) and node.get("name") != value:
-        node.clear()  # another method has other options
+    if parents and last in _SWITCHED.get(parents[-1], ()) and node.get(last) != value:
+        node.clear()  # another method or family has other options, another source of the teacher leaves the first
     node[last] = value

@@ -111,6 +111,21 @@ class EvaluationSpec(Section):
     def _some(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         if not value:
             raise ValueError("must not be empty")
+        if len(set(value)) < len(value):
+            raise ValueError("must not hold the same value twice")
+        return value
+
+    @field_validator("default_guidance", mode="before")
+    @classmethod
+    def _one_guidance(cls, value: Any) -> Any:
+        return None if value is None else str(parse_guidance(value))
+
+    @field_validator("extractor")
+    @classmethod
+    def _known_extractor(cls, value: str) -> str:
+        kind, _, path = value.partition(":")
+        if kind not in ("classifier", "inception", "torchscript") or (kind == "torchscript" and not path):
+            raise ValueError("use classifier, inception, inception:PATH or torchscript:PATH")
         return value
 
 
@@ -147,7 +162,7 @@ class ArenaSpec(Section):
 class Base(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     data: DataSpec
     method: MethodSpec
