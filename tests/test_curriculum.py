@@ -311,3 +311,15 @@ def test_options_are_checked() -> None:
     for bad in ({"rule": "tirtt"}, {"gamma": 0}, {"clamp": -1}, {"normalise": "none"}, {"lambda": 1}):
         with pytest.raises(ValidationError):
             CurriculumOptions.model_validate(bad)
+
+
+def test_lambda_that_was_carried_past_the_bound_comes_back() -> None:
+    curriculum = made(SMALL, snr_form="none", clamp=2.0)
+    with torch.no_grad():
+        curriculum.logits[0] = 2.7
+    curriculum.keep_inside()
+    assert float(curriculum.logits[0].detach()) == 2.0
+    t = torch.arange(SMALL.T)
+    curriculum(torch.linspace(1, 2, SMALL.T), t, t).backward()
+    assert curriculum.logits.grad is not None
+    assert float(curriculum.logits.grad[0]) != 0.0

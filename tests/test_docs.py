@@ -19,13 +19,12 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from diffstill.recipe import schema
 from diffstill.cli import build_parser, parse
 from diffstill.errors import InputError
 from diffstill.jobs.arena import choose_arms
 from diffstill.methods import METHODS, CurriculumOptions
 from diffstill.models.adapters import FAMILIES
-from diffstill.recipe import DistillRecipe, EvaluationSpec, builtin_recipes, load_recipe, override_section
+from diffstill.recipe import DistillRecipe, EvaluationSpec, builtin_recipes, load_recipe, override_section, schema
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])

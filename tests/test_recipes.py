@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
+from diffstill.engine.runtime import Runtime
 from diffstill.evaluation.cost import count_flops
 from diffstill.jobs.build import build_denoiser, build_network
 from diffstill.jobs.distill import teacher_recipe
@@ -132,7 +133,7 @@ def test_plans_on_a_local_file(name: str, tmp_path: Path) -> None:
             "training.batch_size": 2,
         },
     )
-    planned = plan(recipe)
+    planned = plan(recipe, Runtime("cpu"))
     assert isinstance(recipe, DistillRecipe)
     teacher, student = planned.forecasts.values()
     assert list(planned.forecasts) == [recipe.teacher.recipe, name]

@@ -127,6 +127,7 @@ class Arm:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         self.optimizer.step()
+        self.method.after_update()
         self.optimizer.zero_grad(set_to_none=True)
         for role, ema in self.ema.items():
             ema.update(unwrap(self.method.roles[role]))

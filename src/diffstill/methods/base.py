@@ -190,6 +190,11 @@ class Method(ABC):
     def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
         """The loss of one (micro-)batch; gradients reach only ``self.roles``."""
 
+    def after_update(self) -> None:
+        """Called after every optimizer step."""
+        if self.curriculum is not None:
+            self.curriculum.keep_inside()
+
     def artefacts(self) -> Mapping[str, Tensor]:
         """Tensors to save beside the model (a teacher's curriculum, say)."""
         return {}

@@ -82,14 +82,16 @@ class Curriculum(nn.Module):
         if self.options.rule == "uncertainty" and self.logits.requires_grad:
             u = self.logits[t]
             return (self.base[t] * (per_sample * torch.exp(-u) + u)).mean()
-        if self.logits.requires_grad and self.options.rule == "tirt" and self.options.clamp is not None:
-            # The parameter itself is kept inside: past the bound a clamp has no gradient, and lambda could not return.
-            with torch.no_grad():
-                self.logits.clamp_(-self.options.clamp, self.options.clamp)
         omega = self._omega()
         over_batch = self.logits.requires_grad and self.options.normalise == "batch"
         scale = (omega[t_global] if over_batch else omega).mean().clamp(min=1e-8)
         return (omega[t] / scale * per_sample).mean()
+
+    @torch.no_grad()
+    def keep_inside(self) -> None:
+        """Puts lambda back to the bound after an update: beyond it the clamp has no gradient, and it could not return."""
+        if self.logits.requires_grad and self.options.rule == "tirt" and self.options.clamp is not None:
+            self.logits.clamp_(-self.options.clamp, self.options.clamp)
 
     def table(self) -> dict[str, Tensor]:
         """Tensors to save with the model."""
