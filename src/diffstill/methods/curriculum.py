@@ -89,7 +89,7 @@ class Curriculum(nn.Module):
 
     @torch.no_grad()
     def keep_inside(self) -> None:
-        """Puts lambda back to the bound after an update: beyond it the clamp has no gradient, and it could not return."""
+        """Puts lambda back to its bound after an update: beyond it the clamp has no gradient, and it would stay."""
         if self.logits.requires_grad and self.options.rule == "tirt" and self.options.clamp is not None:
             self.logits.clamp_(-self.options.clamp, self.options.clamp)
 
