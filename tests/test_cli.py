@@ -20,7 +20,8 @@ def test_distill_leaves_a_whole_run(tiny_run: Path) -> None:
     for name in ("recipe.yaml", "log.jsonl", "report.html", "receipt.json", "model/model_index.json", "teacher/unet"):
         assert (tiny_run / name).exists(), name
     receipt = Receipt.load(tiny_run / "receipt.json")
-    assert set(receipt.models) == {"teacher", "student"}
+    assert set(receipt.models) == {"teacher", "student", "conditional-only"}
+    assert receipt.models["conditional-only"].fidelity is not None
     student = receipt.models["student"]
     assert [point.guidance for point in student.sweep] == ["1", "2"]
     assert [point.nfe for point in student.sweep] == [4, 8]

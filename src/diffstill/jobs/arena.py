@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
 from ..data.sources import DataSplits, load_data
 from ..engine.arm import Arm
@@ -16,14 +15,13 @@ from ..errors import InputError
 from ..evaluation.guidance_fidelity import FidelityProbe
 from ..evaluation.protocol import Evaluator
 from ..evaluation.results import ModelEvaluation
-from ..methods import METHODS, Method, Setting
+from ..methods import METHODS
 from ..models.adapters import unwrap
-from ..recipe import ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, resolved
-from ..recipe.problems import one_line
+from ..recipe import ArmSpec, DistillRecipe, MethodSpec, resolved
 from ..report.arena import ArenaArm, ArenaResult, ArmSeed, Budget
 from ..report.page import write_arena
 from ..report.receipt import environment, write_text
-from .build import Teacher, build_method, build_student, check_data, check_run, probe_data
+from .build import Teacher, build_arm, check_data, check_run, probe_data
 from .distill import PROBE_PAIRS, blank_teacher, inputs_of, obtain_teacher
 from .finish import Subject, describe_data, draw_pictures, evaluator_for
 from .folder import RunFolder
@@ -216,17 +214,6 @@ class _Session:
             write_text(kept, found.model_dump_json(indent=1))
         self.runtime.barrier()
         return found
-
-
-def build_arm(recipe: DistillRecipe, spec: ArmSpec, teacher: Teacher, seed: int) -> Method:
-    """An arm's method around its student: the recipe's, with what the arm overrides."""
-    tree = {**recipe.student.model_dump(mode="json"), **spec.student}
-    try:
-        network = NetworkSpec.model_validate(tree)
-    except ValidationError as error:
-        raise one_line(error, NetworkSpec, ("arena", "student")) from None
-    student = build_student(network, spec.method, teacher.denoiser, seed)
-    return build_method(spec.method, Setting(student, teacher.denoiser, teacher.curriculum), seed)
 
 
 def _size(arm: Arm) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..data.batches import stream_seed
@@ -22,7 +23,8 @@ from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
 from ..models.lineage import Lineage
 from ..models.students import inherit
-from ..recipe import DistillRecipe, MethodSpec, NetworkSpec, TrainRecipe
+from ..recipe import ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, TrainRecipe
+from ..recipe.problems import one_line
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,17 @@ def build_method(spec: MethodSpec, setting: Setting, seed: int = 0) -> Method:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "method"))
         return METHODS[spec.name](setting, spec.build_options())
+
+
+def build_arm(recipe: DistillRecipe, spec: ArmSpec, teacher: Teacher, seed: int) -> Method:
+    """An arm's method around its student: the recipe's, with what the arm overrides."""
+    tree = {**recipe.student.model_dump(mode="json"), **spec.student}
+    try:
+        network = NetworkSpec.model_validate(tree)
+    except ValidationError as error:
+        raise one_line(error, NetworkSpec, ("arena", "student")) from None
+    student = build_student(network, spec.method, teacher.denoiser, seed)
+    return build_method(spec.method, Setting(student, teacher.denoiser, teacher.curriculum), seed)
 
 
 def open_teacher(model: str, name: str = "teacher") -> Teacher:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from ..data.sources import DataSplits, load_data
 from ..engine.runtime import Runtime
-from ..errors import InputError
+from ..errors import InputError, RunFailed
 from ..evaluation.guidance_fidelity import FidelityProbe
 from ..methods import METHODS, Method, Setting
 from ..models.denoiser import Denoiser
@@ -15,7 +15,17 @@ from ..models.folder import load_model
 from ..models.lineage import weights_sha256
 from ..recipe import DistillRecipe, TrainRecipe, load_recipe, resolved
 from ..report.receipt import Receipt, TrainingSummary
-from .build import Teacher, build_denoiser, build_method, build_student, check_data, check_run, open_teacher, probe_data
+from .build import (
+    Teacher,
+    build_arm,
+    build_denoiser,
+    build_method,
+    build_student,
+    check_data,
+    check_run,
+    open_teacher,
+    probe_data,
+)
 from .finish import Subject, evaluator_for, finish_run
 from .folder import RunFolder
 from .stage import Planned, run_stage, summarise
@@ -107,6 +117,8 @@ def distill(
     data = load_data(recipe.data)
     blank = blank_teacher(recipe, data)
     prepare_student(recipe, data, blank)
+    for spec in recipe.beside.values():
+        build_arm(recipe, spec, blank, recipe.seed)
     check_run(recipe, blank.denoiser.schedule.T, runtime)
     folder = RunFolder(out, resolved(recipe), inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)
     if folder.finished:
@@ -119,8 +131,9 @@ def distill(
     probe = None
     if METHODS[recipe.method.name].guided:
         probe = FidelityProbe(teacher.denoiser, probe_data(data), pairs=PROBE_PAIRS, seed=recipe.seed)
+    beside = {name: build_arm(recipe, spec, teacher, recipe.seed) for name, spec in recipe.beside.items()}
     trainer = run_stage(
-        [Planned(recipe.name, method)],
+        [Planned(recipe.name, method), *(Planned(name, other) for name, other in beside.items())],
         title=f"distill {recipe.name}",
         data=data,
         flip=recipe.data.flip,
@@ -131,8 +144,11 @@ def distill(
         ui=ui,
         teacher=teacher.denoiser,
         probe=probe,
+        timed=bool(beside),
     )
-    arm = trainer.arms[0]
+    arm, *others = trainer.arms
+    if arm.failed is not None:
+        raise RunFailed(f"{arm.failed}; try a lower training.lr or training.precision=fp32")
     if runtime.is_main:
         save_trained(
             folder.model, arm.student, method, recipe=recipe, data=data, images=arm.images, teacher=teacher.lineage
@@ -143,6 +159,7 @@ def distill(
     subjects = [
         Subject("teacher", teacher.denoiser, teacher.lineage.method if teacher.lineage else "", teacher.folder),
         Subject("student", loaded.denoiser, method.name, folder.model, guided=method.guided),
+        *(Subject(o.name, o.student, o.method.name, None, guided=o.method.guided) for o in others if o.failed is None),
     ]
     receipt = finish_run(
         kind, recipe, data, folder, subjects, summaries, evaluator=evaluator, runtime=runtime, ui=ui,

@@ -58,9 +58,9 @@ def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime) -> E
 
 
 def evaluate_subjects(
-    subjects: Sequence[Subject], evaluator: Evaluator, runtime: Runtime, ui: Ui, *, cost: bool = True
+    subjects: Sequence[Subject], evaluator: Evaluator, runtime: Runtime, ui: Ui
 ) -> dict[str, ModelEvaluation]:
-    """Every subject under one protocol; fidelity against the subject called ``teacher``."""
+    """Every subject under one protocol; fidelity against the subject called ``teacher``. Cost only of saved models."""
     teacher = next((s.denoiser for s in subjects if s.role == "teacher"), None)
     found: dict[str, ModelEvaluation] = {}
     for subject in subjects:
@@ -74,7 +74,7 @@ def evaluate_subjects(
                 subject.method,
                 teacher=None if subject.role == "teacher" else teacher,
                 guided=subject.guided,
-                cost=cost,
+                cost=subject.folder is not None,
                 progress=bar.update,
             )
     return found

@@ -13,8 +13,7 @@ from ..evaluation.cost import TrainingForecast, predict_cost
 from ..methods import Method, Setting
 from ..models.denoiser import Denoiser
 from ..recipe import ArmSpec, DistillRecipe, TrainRecipe, resolved, to_yaml
-from .arena import build_arm
-from .build import build_denoiser, build_method, check_run
+from .build import build_arm, build_denoiser, build_method, check_run
 from .distill import blank_teacher, prepare_student, teacher_recipe
 
 

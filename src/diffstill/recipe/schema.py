@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
@@ -15,6 +16,9 @@ from ..engine.settings import TrainSettings
 from ..methods import METHODS, Options
 from ..models.adapters import FAMILIES
 from .problems import nearest, one_line
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+"""Of recipes and arms: they become file names."""
 
 
 class Section(BaseModel):
@@ -160,7 +164,7 @@ class ArenaSpec(Section):
 
 
 class Base(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=NAME)
     description: str = ""
     seed: int = Field(0, ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -202,7 +206,19 @@ class DistillRecipe(Base):
     kind: Literal["distill"]
     teacher: TeacherSpec
     student: NetworkSpec
+    beside: dict[str, ArmSpec] = Field(
+        {}, description="students trained in the same pass and measured beside this one, not saved"
+    )
     arena: ArenaSpec = ArenaSpec()
+
+    @model_validator(mode="after")
+    def _named(self) -> DistillRecipe:
+        for name in (*self.beside, *self.arena.arms):
+            if not re.fullmatch(NAME, name) or name in ("teacher", "student", self.name):
+                raise ValueError(
+                    f"arm {name!r}: use another name (letters, digits, . _ -; not teacher, student, {self.name})"
+                )
+        return self
 
     @property
     def subject(self) -> NetworkSpec:
