@@ -96,11 +96,27 @@ class Denoiser:
 
     @contextmanager
     def evaluating(self) -> Iterator[Denoiser]:
-        """Eval mode and no grad inside; the former mode afterwards, also after an exception."""
+        """Eval mode, no grad and true float32 inside; the former mode afterwards, also after an exception."""
         was = self.network.training
         self.network.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), _true_float32(self.device):
                 yield self
         finally:
             self.network.train(was)
+
+
+@contextmanager
+def _true_float32(device: torch.device) -> Iterator[None]:
+    """No TF32 and no autotuned kernels on CUDA: what is measured must not depend on the batch size or the card's mood."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul
+    was = matmul.allow_tf32
+    matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+            yield
+    finally:
+        matmul.allow_tf32 = was
