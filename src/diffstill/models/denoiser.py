@@ -108,7 +108,7 @@ class Denoiser:
 
 @contextmanager
 def _true_float32(device: torch.device) -> Iterator[None]:
-    """No TF32 and no autotuned kernels on CUDA: what is measured must not depend on the batch size or the card's mood."""
+    """No TF32 and no autotuned kernels on CUDA: what is measured must not depend on the batch size."""
     if device.type != "cuda":
         yield
         return
