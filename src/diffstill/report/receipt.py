@@ -175,8 +175,8 @@ class Receipt(Document):
     @field_validator("models")
     @classmethod
     def _in_order(cls, models: dict[str, ModelEvaluation]) -> dict[str, ModelEvaluation]:
-        """Teacher first, student last: JSON keeps no order, and a page made again is to be the same page."""
-        return dict(sorted(models.items(), key=lambda item: (item[0] != "teacher", item[0] == "student", item[0])))
+        """Teacher, student, then the rest: JSON keeps no order, and a page made again is to be the same page."""
+        return dict(sorted(models.items(), key=lambda item: (item[0] != "teacher", item[0] != "student", item[0])))
 
     @property
     def teacher(self) -> ModelEvaluation | None:
