@@ -351,3 +351,15 @@ def test_png_round_trip(tmp_path: Path) -> None:
     kind, _, content = uri.partition(",")
     assert kind == "data:image/png;base64"
     assert np.array_equal(np.asarray(Image.open(BytesIO(base64.b64decode(content)))), np.asarray(sheet))
+
+
+def test_other_students_are_named_beside_the_runs_own(receipt: Receipt) -> None:
+    more = Receipt.model_validate(
+        receipt.model_dump() | {"models": {**receipt.models, "rival": receipt.models["student"]}}
+    )
+    assert more.subject is not None
+    assert more.subject[0] == "student"
+    assert list(more.models) == ["teacher", "student", "rival"]
+    (said,) = words.beside(more)
+    assert said.startswith("Beside it, rival: gap ratio")
+    assert words.beside(receipt) == []

@@ -238,11 +238,11 @@ def _arena(arguments: argparse.Namespace) -> int:
 def _tell(arguments: argparse.Namespace, finished: Any, runtime: Any) -> int:
     if not runtime.is_main:
         return 0
-    from .report.words import verdict
+    from .report.words import beside, verdict
 
     receipt = finished.receipt
     lines = ["all done already; --fresh starts over"] if finished.already else []
-    lines += verdict(receipt)
+    lines += [*verdict(receipt), *beside(receipt)]
     lines += [f"warning: {text}" for text in receipt.warnings]
     lines += [f"report:  {finished.folder / 'report.html'}", f"receipt: {finished.folder / 'receipt.json'}"]
     if (finished.folder / "model").exists():

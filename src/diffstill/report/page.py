@@ -67,6 +67,7 @@ def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path
         receipt=receipt,
         kicker=f"{receipt.kind} \u00b7 {receipt.data.name} \u00b7 seed {receipt.seed} \u00b7 {receipt.created[:10]}",
         verdict=words.verdict(receipt),
+        beside=words.beside(receipt),
         tone=words.guidance_state(subject[1].fidelity)[0] if subject and subject[1].fidelity else "",
         tiles=views.tiles(receipt),
         grids=[(role, found) for role, found in grids if found],

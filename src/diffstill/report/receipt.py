@@ -185,6 +185,8 @@ class Receipt(Document):
     @property
     def subject(self) -> tuple[str, ModelEvaluation] | None:
         """The (role, model) the run is about: the student, else the last that is not the teacher, else the teacher."""
+        if "student" in self.models:
+            return "student", self.models["student"]
         return list(self.models.items())[-1] if self.models else None
 
 

@@ -171,6 +171,20 @@ def verdict(receipt: Receipt) -> list[str]:
     return [sentence for sentence in said if sentence]
 
 
+def beside(receipt: Receipt) -> list[str]:
+    """A sentence for every other student that was measured with the run's own."""
+    own = receipt.subject[0] if receipt.subject else None
+    said = []
+    for role, model in receipt.models.items():
+        if role in ("teacher", own) or model.fidelity is None:
+            continue
+        overall = model.fidelity.overall
+        best = f", best distance {number(model.best.fd.value)}" if model.best else ""
+        ratio, cosine = number(overall.ratio.value, 2), number(overall.cosine.value, 2)
+        said.append(f"Beside it, {role}: gap ratio {ratio}, cosine {cosine}{best}.")
+    return said
+
+
 def _cost_sentence(role: str, model: ModelEvaluation, teacher: ModelEvaluation | None) -> str:
     if model.cost is None:
         return ""
