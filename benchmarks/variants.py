@@ -1,48 +1,90 @@
-"""One training recipe under several sets of overrides and seeds, in one table: the instrument of every ablation.
+"""One recipe under several sets of overrides and seeds, in one table: the instrument of every ablation.
 
-    python benchmarks/variants.py digits-teacher --seeds 3 --common training.images=38400 evaluation.samples=500 \\
-        --variant flat method.curriculum.snr_form=none --variant x0 method.curriculum.snr_form=x0 \\
-        --out benchmarks/results/digits-weighting.json
+    python benchmarks/variants.py digits-teacher --seeds 3 --common evaluation.samples=500 \\
+        --variant eps --variant flat method.curriculum.snr_form=none --out benchmarks/results/digits-weighting.json
+    python benchmarks/variants.py digits-dash --seeds 3 --variant each --variant second training.teacher_reuse=2 \\
+        --common 'beside={}' --out benchmarks/results/digits-reuse.json
 
-Runs stay under --runs and are not redone when the script is started again.
+Each seed has its own teacher, from the first variant's run; the other variants distil from the same one, so differences
+from the first variant are paired by seed. Runs stay under --runs and are not redone when the script is started again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from diffstill.console import make_ui
 from diffstill.engine.runtime import Runtime
-from diffstill.jobs.train import train
+from diffstill.jobs.distill import distill
+from diffstill.jobs.train import Finished, train
 from diffstill.recipe import TrainRecipe, load_recipe
+from diffstill.recipe.schema import TeacherSpec
 from diffstill.report.arena import t_interval
 from diffstill.report.receipt import Receipt, write_text
 
 
-def run(recipe: str, overrides: list[str], seed: int, out: Path) -> Receipt:
-    """The receipt of one training, new or found finished."""
-    made = load_recipe(recipe, [*overrides, f"seed={seed}"])
-    if not isinstance(made, TrainRecipe):
-        raise SystemExit(f"{recipe} is no training recipe")
-    finished = train(made, out, Runtime("cpu"), make_ui(quiet=False, speaks=True))
+def run(name: str, overrides: Sequence[str], seed: int, out: Path, teacher: Path | None) -> Receipt:
+    """The receipt of one training or distillation, new or found finished."""
+    recipe = load_recipe(name, [*overrides, f"seed={seed}"])
+    runtime, ui = Runtime("cpu"), make_ui(quiet=False, speaks=True)
+    if isinstance(recipe, TrainRecipe):
+        finished: Finished = train(recipe, out, runtime, ui)
+    else:
+        source = recipe.teacher
+        if teacher is not None:
+            source = TeacherSpec(model=str(teacher))
+        elif source.recipe is not None:
+            source = source.model_copy(update={"overrides": {**source.overrides, "seed": seed}})
+        recipe = recipe.model_copy(update={"teacher": source})
+        finished = distill(recipe, out, runtime, ui)
     assert finished.receipt is not None
     return finished.receipt
 
 
-def summarise(receipts: list[Receipt]) -> dict[str, Any]:
-    """Mean and 95% t-interval over seeds, by guidance setting."""
-    models = [receipt.models["teacher"] for receipt in receipts]
-    table: dict[str, Any] = {"seconds": [receipt.training[0].seconds for receipt in receipts]}
-    for number, point in enumerate(models[0].sweep):
-        points = [model.sweep[number] for model in models]
-        table[point.guidance] = {
-            metric: t_interval([getattr(p, metric).value for p in points]).model_dump()
-            for metric in ("fd", "class_agreement")
+def figures(receipt: Receipt) -> dict[str, float | None]:
+    """Every figure of the table by name."""
+    found: dict[str, float | None] = {"seconds": receipt.training[-1].seconds}
+    teacher = receipt.models.get("teacher")
+    for role, model in receipt.models.items():
+        for point in model.sweep:
+            found[f"{role} s={point.guidance} fd"] = point.fd.value
+            found[f"{role} s={point.guidance} agreement"] = (
+                point.class_agreement.value if point.class_agreement else None
+            )
+        found[f"{role} best fd"] = best = model.best.fd.value if model.best else None
+        if teacher is not None and role != "teacher":
+            under = teacher.best.fd.value if teacher.best else None
+            found[f"{role} / teacher best fd"] = best / under if best is not None and under else None
+        if model.fidelity is not None:
+            for part in ("ratio", "cosine", "gap_mse", "cond_mse", "null_mse"):
+                found[f"{role} {part}"] = getattr(model.fidelity.overall, part).value
+    return found
+
+
+def table(variants: Mapping[str, Sequence[Receipt]]) -> dict[str, dict[str, Any]]:
+    """By variant and figure: the seeds' values, their mean and 95% t-interval, and the paired difference from the first
+    variant."""
+    found: dict[str, dict[str, Any]] = {}
+    base: dict[str, list[float | None]] = {}
+    for name, receipts in variants.items():
+        seeds = [figures(receipt) for receipt in receipts]
+        columns = {figure: [values[figure] for values in seeds] for figure in seeds[0]}
+        base = base or columns
+        found[name] = {
+            figure: {
+                "seeds": values,
+                "mean": t_interval(values).model_dump(),
+                "difference": t_interval(
+                    [None if a is None or b is None else a - b for a, b in zip(values, base[figure], strict=True)]
+                ).model_dump(),
+            }
+            for figure, values in columns.items()
         }
-    return table
+    return found
 
 
 def main() -> None:
@@ -54,32 +96,39 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/variants"))
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
-    table: dict[str, Any] = {}
-    receipt = None
-    for name, *overrides in asked.variant:
-        receipts = [
-            run(asked.recipe, [*asked.common, *overrides], seed, asked.runs / asked.out.stem / f"{name}-{seed}")
-            for seed in range(asked.seeds)
-        ]
-        receipt = receipts[0]
-        table[name] = {"overrides": overrides, **summarise(receipts)}
-    assert receipt is not None
-    protocol = receipt.protocol.model_dump(mode="json") if receipt.protocol else None
-    found = {
+    first = asked.variant[0][0]
+    receipts: dict[str, list[Receipt]] = {name: [] for name, *_ in asked.variant}
+    for seed in range(asked.seeds):
+        for name, *overrides in asked.variant:
+            folder = asked.runs / asked.out.stem
+            teacher = None if name == first else folder / f"{first}-{seed}" / "teacher"
+            receipts[name].append(
+                run(asked.recipe, [*asked.common, *overrides], seed, folder / f"{name}-{seed}", teacher)
+            )
+    found = table(receipts)
+    told = receipts[first][0]
+    written = {
         "recipe": asked.recipe,
         "common": asked.common,
+        "overrides": {name: overrides for name, *overrides in asked.variant},
         "seeds": asked.seeds,
-        "environment": receipt.environment.model_dump(mode="json"),
-        "protocol": protocol,
-        "variants": table,
+        "environment": told.environment.model_dump(mode="json"),
+        "protocol": told.protocol.model_dump(mode="json") if told.protocol else None,
+        "variants": found,
     }
-    write_text(asked.out, json.dumps(found, indent=1, sort_keys=True) + "\n")
-    for name, row in table.items():
-        scales = [key for key in row if key not in ("overrides", "seconds")]
-        print(
-            f"{name:12s}",
-            "  ".join(f"s={s}: {row[s]['fd']['value']:.2f}/{row[s]['class_agreement']['value']:.3f}" for s in scales),
-        )
+    write_text(asked.out, json.dumps(written, indent=1, sort_keys=True) + "\n")
+    for name, rows in found.items():
+        print(name)
+        for figure, row in rows.items():
+            apart = "" if name == first else f"   difference {_shown(row['difference'])}"
+            print(f"  {figure:28s} {_shown(row['mean'])}{apart}")
+
+
+def _shown(estimate: Mapping[str, Any]) -> str:
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if low is None else f"{value:.4g} [{low:.4g}, {high:.4g}]"
 
 
 if __name__ == "__main__":
