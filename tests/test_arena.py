@@ -93,6 +93,28 @@ def test_metrics(arena: ArenaResult) -> None:
     assert dash.mean(fidelity("gap_mse", 1000)).value == pytest.approx(1000 * thousandth)
 
 
+def test_the_best_guidance_is_chosen_by_the_other_seeds(arena: ArenaResult) -> None:
+    """Picked on the samples it is reported on, the mean of the best would be (1 + 2 + 3) / 3."""
+    sweeps = {0: [1.0, 5.0, 9.0], 1: [8.0, 2.0, 9.0], 2: [7.0, 6.0, 3.0]}
+
+    def seed(number: int, distances: list[float], budget: str = "equal_steps") -> ArmSeed:
+        run = fabricated.evaluation("a", "a", [*distances, 50.0, 50.0], fabricated.cost(10, 1.0), None, {})
+        return ArmSeed(seed=number, steps=5, images_seen=10, seconds=1.0, evaluation=run, budget=budget)  # type: ignore[arg-type]
+
+    seeds = [seed(*item) for item in sweeps.items()]
+    settings = [point.guidance for point in seeds[0].evaluation.sweep]
+    arm = ArenaArm(
+        name="a", method="a", label="a", parameters=1, seeds=[*seeds, seed(0, [3.0, 2.0, 4.0], "equal_seconds")]
+    )
+    # Means of the other two: (7.5, 4, 6), (4, 5.5, 6), (4.5, 3.5, 9).
+    assert [s.chosen for s in arm.at("equal_steps")] == [settings[1], settings[0], settings[1]]
+    assert arm.mean(best_fd).value == pytest.approx((5.0 + 8.0 + 6.0) / 3)
+    assert arm.at("equal_seconds")[0].chosen == settings[1], "alone, a seed chooses for itself"
+    assert arm.mean(best_fd, "equal_seconds").value == 2.0
+    gone = ArenaArm(name="a", method="a", label="a", parameters=1, seeds=[*seeds[:2], seed(2, [float("nan")] * 3)])
+    assert gone.at("equal_steps")[0].chosen in settings[3:], "a guidance that failed in another seed is not chosen"
+
+
 def test_pairing_is_by_seed_and_removes_what_seeds_share(arena: ArenaResult) -> None:
     dash = _arm("dash", {0: 10.0, 1: 30.0, 2: 20.0})
     world = _world(arena, dash, other := _arm("other", {2: 23.0, 0: 13.0, 1: 33.0, 9: 1000.0}))
@@ -127,7 +149,7 @@ def test_markdown_table(arena: ArenaResult) -> None:
     assert {line.replace("\\|", "").count("|") for line in lines} == {len(header) + 1}
     assert body[0][:1] == ["Teacher"]
     assert body[1][:3] == ["a | b", "117\u2009769", "3 \u00d7 2\u2009000"], "DASH is the best"
-    distances = [float(row[4].split(" [")[0]) for row in body[1:]]
+    distances = [float(row[4].split(" \u00b1")[0]) for row in body[1:]]
     assert distances == sorted(distances)
     assert body[1][6] == "\u2013", "no difference to itself"
     assert body[2][6].startswith("+")

@@ -87,9 +87,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def command(name: str, run: Any, text: str, example: str, *, out: str | None = None) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name, help=text, description=text, epilog=f"example: {example}", allow_abbrev=False
-        )
+        made = commands.add_parser(name, help=text, description=text, epilog=f"example: {example}", allow_abbrev=False)
         made.set_defaults(run=run)
         made.add_argument("--json", action="store_true", help="print one JSON object on standard output")
         if out is not None:
@@ -230,8 +228,8 @@ def _arena(arguments: argparse.Namespace) -> int:
     if runtime.is_main:
         from .report.arena import markdown_table
 
-        page = out / "report.html"
-        _print(arguments, result.model_dump(mode="json"), f"{markdown_table(result)}\n\nreport: {page}")
+        tables = [f"{budget.replace('_', ' ')}\n\n{markdown_table(result, budget)}" for budget in result.budgets()]
+        _print(arguments, result.model_dump(mode="json"), "\n".join([*tables, f"report: {out / 'report.html'}"]))
     return 0
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from scipy.stats import t as student_t
 
 from ..evaluation.results import Estimate, ModelEvaluation, Protocol, Result
@@ -27,16 +27,30 @@ class ArmSeed(Result):
     evaluation: ModelEvaluation
     budget: Budget = "equal_steps"
     collapse_alarm: bool = Field(False, description="the gap ratio fell under 0.5 while training")
+    chosen: str | None = Field(
+        None, description="the guidance of this seed's best figure: lowest mean distance over the arm's other seeds"
+    )
 
 
 class ArenaArm(Result):
-    """One method, trained from several seeds."""
+    """One method, trained from several seeds.
+
+    No figure is picked on the samples it is reported on: the guidance a seed is judged at is chosen by the other seeds
+    of the same budget (by itself where it is alone).
+    """
 
     name: str
     method: str
     label: str
     parameters: int
     seeds: list[ArmSeed]
+
+    @model_validator(mode="after")
+    def _choose(self) -> ArenaArm:
+        for seed in self.seeds:
+            others = [other for other in self.at(seed.budget) if other is not seed]
+            seed.chosen = _lowest(others or [seed])
+        return self
 
     def at(self, budget: Budget) -> list[ArmSeed]:
         return [seed for seed in self.seeds if seed.budget == budget]
@@ -49,10 +63,17 @@ class ArenaArm(Result):
 Metric = Callable[[ArmSeed], "float | None"]
 
 
+def _lowest(seeds: Sequence[ArmSeed]) -> str | None:
+    """The guidance with the lowest mean distance; None where no guidance was measured in every seed."""
+    settings = [point.guidance for point in seeds[0].evaluation.sweep]
+    means = {g: t_interval([fd_at(g)(seed) for seed in seeds]).value for g in settings}
+    known = {g: mean for g, mean in means.items() if mean is not None}
+    return min(known, key=lambda g: known[g]) if known else None
+
+
 def best_fd(seed: ArmSeed) -> float | None:
-    """The lowest Frechet distance of the seed's own sweep."""
-    best = seed.evaluation.best
-    return best.fd.value if best else None
+    """The Frechet distance at the guidance that the arm's other seeds choose."""
+    return None if seed.chosen is None else fd_at(seed.chosen)(seed)
 
 
 def fd_at(guidance: str) -> Metric:
@@ -152,30 +173,39 @@ COLUMNS: tuple[tuple[str, Metric], ...] = (
     ("cond MSE \u00d7\u202f1000", fidelity("cond_mse", 1000)),
     ("null MSE \u00d7\u202f1000", fidelity("null_mse", 1000)),
 )
-"""Fidelity columns of every arena table, in order."""
+"""Fidelity columns of every arena table, in order: the last ones."""
+OVERVIEW = 7
+"""Columns before the distances at each guidance."""
 
 
 def rows(arena: ArenaResult, budget: Budget = "equal_steps") -> tuple[list[str], list[list[str]]]:
     """(header, rows of formatted cells) of the arena's table, the teacher first, then the arms from best to worst."""
-    metric, best = arena.protocol.extractor.name, arena.teacher.best
-    header = ["model", "parameters", "seeds \u00d7 steps", "training", f"best {metric}", "at"]
-    header += [f"\u0394 {arena.reference}", *(name for name, _ in COLUMNS)]
-    size = words.count(arena.teacher.cost.parameters) if arena.teacher.cost else words.MISSING
-    fd, at = (words.estimate(best.fd), words.short_guidance(best.guidance)) if best else (words.MISSING,) * 2
-    body = [["Teacher", size, "", "", fd, at, "", "1", "1", "0", "0", "0"]]
+    settings = [p.guidance for p in arena.teacher.sweep]
+    header = ["model", "parameters", "seeds \u00d7 steps", "training", f"best {arena.protocol.extractor.name}", "at"]
+    header += [f"\u0394 {arena.reference}", *(words.guidance_name(g) for g in settings)]
+    header += [name for name, _ in COLUMNS]
+    body = [_teacher_row(arena, settings)]
     for arm in arena.ranked(budget):
         ran = arm.at(budget)
-        points = [seed.evaluation.best for seed in ran]
-        at = ", ".join(dict.fromkeys(words.short_guidance(point.guidance) for point in points if point))
+        at = ", ".join(dict.fromkeys(words.short_guidance(seed.chosen) for seed in ran if seed.chosen))
         steps = " ".join(dict.fromkeys(words.count(seed.steps) for seed in ran))
         body.append(
             [arm.label, words.count(arm.parameters), f"{len(ran)} \u00d7 {steps}"]
             + [words.seconds(arm.mean(seconds, budget).value)]
-            + [words.estimate(arm.mean(best_fd, budget)), at or words.MISSING]
-            + [words.estimate(arena.paired(arm, best_fd, budget), signed=True)]
-            + [words.estimate(arm.mean(metric, budget)) for _, metric in COLUMNS]
+            + [words.plus_minus(arm.mean(best_fd, budget)), at or words.MISSING]
+            + [words.plus_minus(arena.paired(arm, best_fd, budget), signed=True)]
+            + [words.plus_minus(arm.mean(fd_at(g), budget)) for g in settings]
+            + [words.plus_minus(arm.mean(metric, budget)) for _, metric in COLUMNS]
         )
     return header, body
+
+
+def _teacher_row(arena: ArenaResult, settings: Sequence[str]) -> list[str]:
+    teacher, best = arena.teacher, arena.teacher.best
+    size = words.count(teacher.cost.parameters) if teacher.cost else words.MISSING
+    fd, at = (words.number(best.fd.value), words.short_guidance(best.guidance)) if best else (words.MISSING,) * 2
+    sweep = {p.guidance: words.number(p.fd.value) for p in teacher.sweep}
+    return ["Teacher", size, "", "", fd, at, "", *(sweep[g] for g in settings), "1", "1", "0", "0", "0"]
 
 
 def markdown_table(arena: ArenaResult, budget: Budget = "equal_steps") -> str:

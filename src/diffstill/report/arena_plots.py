@@ -47,7 +47,7 @@ def headline(arena: ArenaResult, budget: Budget = "equal_steps") -> Markup | Non
         panel.axes.set_xlim(left=0)
     for row, found in enumerate(means):
         end = max([v for v in (found.value, found.high) if v is not None], default=0.0)
-        panel.mark(words.estimate(found), (end, row), (9, 0))
+        panel.mark(words.plus_minus(found), (end, row), (9, 0))
     panel.axes.set_xlim(right=panel.axes.get_xlim()[1] * 1.22)
     best, floor = arena.teacher.best, arena.protocol.floor
     if best is not None and best.fd.value is not None:

@@ -87,11 +87,13 @@ class Panel:
         text.set(fontsize=8.5, color=MUTED)
 
     def log_axis(self, axis: str, written: Callable[[float], str] = "{:g}".format) -> None:
-        """A log scale with plain numbers at 1, 2 and 5 (at 1 alone where there are many decades)."""
+        """A log scale with plain numbers: at 1, 2 and 5 of each decade, fewer where they would touch."""
         getattr(self.axes, f"set_{axis}scale")("log")
         low, high = getattr(self.axes, f"get_{axis}lim")()
         ticks = getattr(self.axes, f"{axis}axis")
-        ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+        # Numbers side by side need more room than numbers above each other.
+        spans = high / low * (10 if axis == "x" else 1)
+        ticks.set_major_locator(LogLocator(subs=(1, 2, 5) if spans < 300 else (1, 3) if spans < 3000 else (1,)))
         ticks.set_major_formatter(FuncFormatter(lambda value, _: written(value)))
         ticks.set_minor_locator(NullLocator())
 

@@ -37,6 +37,17 @@ def estimate(found: Estimate | None, *, signed: bool = False) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def plus_minus(found: Estimate | None, *, signed: bool = False) -> str:
+    """A value with half the width of its (symmetric) interval, in the value's decimals: ``0.323 ± 0.069``."""
+    if found is None or found.value is None:
+        return MISSING
+    if found.low is None or found.high is None:
+        return number(found.value, signed=signed)
+    half = (found.high - found.low) / 2
+    decimals = _decimals(max(abs(found.value), half), 3)
+    return f"{_fixed(found.value, decimals, signed=signed)} \u00b1 {_fixed(half, decimals)}"
+
+
 def _decimals(value: float, digits: int) -> int | None:
     if value == 0:
         return 0
