@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from diffstill.console import make_ui
+from diffstill.disk import write_text
 from diffstill.engine.runtime import Runtime
 from diffstill.jobs.distill import distill
 from diffstill.jobs.train import Finished, train
 from diffstill.recipe import TrainRecipe, load_recipe
 from diffstill.recipe.schema import TeacherSpec
 from diffstill.report.arena import t_interval
-from diffstill.report.receipt import Receipt, write_text
+from diffstill.report.receipt import Receipt
 
 
 def run(name: str, overrides: Sequence[str], seed: int, out: Path, teacher: Path | None) -> Receipt:

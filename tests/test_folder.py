@@ -405,7 +405,7 @@ def test_a_lineage_remembers_every_ancestor(tmp_path: Path) -> None:
     recipe = {"method": {"name": "dash", "lambda_un": 1.0}, "seed": 3}
     data = DataRef(name="digits", fingerprint="0123")
     grandparent = save(denoiser(), tmp_path / "a", lineage=Lineage.new("a", "supervised", data=data, images_seen=10))
-    parent = save(denoiser(), tmp_path / "b", lineage=Lineage.new("b", "dash", teacher=grandparent), recipe=recipe)
+    parent = save(denoiser(), tmp_path / "b", lineage=Lineage.new("b", "dash", teacher=grandparent, recipe=recipe))
     child = Lineage.new("c", "sfddm", teacher=load_model(tmp_path / "b").lineage, seeds=[1, 2])
     assert child.stages == ["supervised", "dash", "sfddm"]
     assert child.teacher is not None

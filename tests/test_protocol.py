@@ -202,14 +202,6 @@ def test_progress_runs_from_zero_to_one(evaluator: Evaluator) -> None:
     assert {"guidance 1", "guidance tag:1,4,5"} <= {note for _, note in seen}
 
 
-def test_the_grid_has_a_column_a_class_and_one_noise_for_all_models(evaluator: Evaluator) -> None:
-    images = evaluator.grid(oracle(), Constant(1.0), n_per_class=2)
-    assert images.shape == (6, *SHAPE)
-    expected = sample_images(oracle(), 6, guidance=Constant(1.0), steps=5)
-    assert torch.equal(images, expected)
-    assert evaluator.grid(oracle(), Constant(1.0), 3, classes=2).shape == (6, *SHAPE)
-
-
 def test_without_test_images_there_is_no_floor(extractor: ClassifierExtractor) -> None:
     data = dataclasses.replace(DATA, test=bars(0, 0, "test"))
     evaluator = Evaluator(data, extractor, dataclasses.replace(SETTINGS, guidance=("1",)))

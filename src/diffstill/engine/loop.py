@@ -13,6 +13,7 @@ import torch
 
 from ..data.batches import stream_seed
 from ..errors import Interrupted, RunFailed
+from ..evaluation.guidance_fidelity import COLLAPSE
 from ..methods.base import Batch, TeacherOutputs
 from ..models.denoiser import Denoiser
 from .arm import Arm, union_of_needs
@@ -22,7 +23,6 @@ from .settings import TrainSettings
 from .state import latest_name, load_latest, save_checkpoint
 from .stream import BatchStream, micro_batches
 
-COLLAPSE_RATIO = 0.5
 REUSE_WINDOW = 8
 """Batches that come round again together under ``teacher_reuse``."""
 STOP_EVERY = 8
@@ -243,10 +243,10 @@ class Trainer:
                 continue
             values = dict(self.probe(arm.student))
             self.log.write(images=self.images_seen, arm=arm.name, event="probe", **_plain(values))
-            if values["ratio"] < COLLAPSE_RATIO and 2 * self.images_seen >= arm.images and not arm.alarm:
+            if values["ratio"] < COLLAPSE and 2 * self.images_seen >= arm.images and not arm.alarm:
                 arm.alarm = True
                 line = (
-                    f"{arm.name}: guidance has collapsed (gap ratio {values['ratio']:.2f} < {COLLAPSE_RATIO:g} "
+                    f"{arm.name}: guidance has collapsed (gap ratio {values['ratio']:.2f} < {COLLAPSE:g} "
                     f"at {self.images_seen} images)"
                 )
                 self.warnings.append(line)

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..disk import file_sha256, sync
 from ..errors import RunFailed
 
 FORMAT = "diffstill-checkpoint/1"
@@ -48,17 +49,17 @@ def save_checkpoint(
         for name, content in tensors.items():
             file = beside / f"{name}.safetensors"
             save_file({key: value.detach().contiguous().cpu().clone() for key, value in content.items()}, file)
-            _fsync(file)
-            hashes[name] = _sha256(file)
+            sync(file)
+            hashes[name] = file_sha256(file)
         state = {"format": FORMAT, "images_seen": images_seen, "files": hashes, "meta": dict(meta)}
         state["sha256"] = _content_sha256(state)
         (beside / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        _fsync(beside / "state.json")
-        _fsync(beside)
+        sync(beside / "state.json")
+        sync(beside)
         if final.exists():
             shutil.rmtree(final)
         os.replace(beside, final)
-        _fsync(folder)
+        sync(folder)
     except Exception as error:  # OSError, and safetensors' own error for a full disk
         shutil.rmtree(beside, ignore_errors=True)
         last = latest_name(folder)
@@ -114,7 +115,7 @@ def _load(path: Path) -> Checkpoint:
     tensors = {}
     for name, digest in state["files"].items():
         file = path / f"{name}.safetensors"
-        if _sha256(file) != digest:
+        if file_sha256(file) != digest:
             raise ValueError(f"{file.name} does not have the recorded SHA-256")
         tensors[name] = load_file(file)
     return Checkpoint(path, int(state["images_seen"]), state["meta"], tensors)
@@ -128,22 +129,6 @@ def _candidates(folder: Path) -> list[Path]:
 
 def _content_sha256(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

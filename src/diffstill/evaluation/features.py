@@ -5,7 +5,6 @@ Only the 2015-12-05 Inception network at 2048 features may be called FID; everyt
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import to_float
+from ..disk import file_sha256
 from ..errors import InputError
 from ..models.lineage import weights_sha256
 from .classifier import FEATURES, Trained, cached_classifier
@@ -115,7 +115,7 @@ class TorchScriptExtractor:
         self._device = device
         self._prepare = self._input_form(path, sample[:2].to(device))
         dim = self.features(sample[:2]).shape[1]
-        self.info = ExtractorInfo(name=f"FD-{path.stem}", sha256=_file_sha256(path), dim=dim)
+        self.info = ExtractorInfo(name=f"FD-{path.stem}", sha256=file_sha256(path), dim=dim)
 
     @torch.no_grad()
     def _input_form(self, path: Path, sample: Tensor) -> Callable[[Tensor], Tensor]:
@@ -188,18 +188,10 @@ def _inception_weights(given: Path | None) -> Path:
     if path is None:
         problem = "is missing" if given else f"has no weights in {folders[0]} or {folders[1]}"
         raise InputError("extractor", f"inception:{given}" if given else "inception", mend, problem=problem)
-    found = _file_sha256(path)
+    found = file_sha256(path)
     if found != INCEPTION_SHA256:
         raise InputError("extractor", f"inception:{path}", mend, problem=f"is another file (sha256 {found[:8]}...)")
     return path
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _because(error: Exception) -> str:

@@ -156,31 +156,6 @@ class Evaluator:
             fidelity=fidelity,
         )
 
-    def grid(
-        self,
-        denoiser: Denoiser,
-        guidance: GuidanceSchedule,
-        n_per_class: int = 8,
-        *,
-        guided: bool = True,
-        classes: int = 10,
-    ) -> Tensor:
-        """Images (n_per_class * K, C, H, W) uint8 for a picture, K = ``min(classes, num_classes)``: row by row,
-        column k of class k. The noise is the first seed's, so models can be set side by side image by image."""
-        columns = min(classes, denoiser.num_classes)
-        count = columns * n_per_class
-        return sample_images(
-            denoiser,
-            count,
-            guidance=guidance,
-            steps=self.settings.steps,
-            seed=self.settings.seeds[0],
-            batch_size=self.settings.batch_size,
-            clip=self.settings.clip,
-            labels=torch.arange(count) % columns,
-            guided=guided,
-        )
-
     def _point(self, denoiser: Denoiser, schedule: GuidanceSchedule, guided: bool, meter: _Meter) -> ScalePoint:
         """One guidance setting, pooled over the seeds."""
         nfe = count_nfe(schedule, denoiser.schedule.T, self.settings.steps)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..data.sources import DataSplits, load_data
+from ..disk import write_text
 from ..engine.arm import Arm
 from ..engine.loop import Trainer
 from ..engine.runtime import Runtime
@@ -20,7 +21,7 @@ from ..models.adapters import unwrap
 from ..recipe import ArmSpec, DistillRecipe, MethodSpec, resolved
 from ..report.arena import ArenaArm, ArenaResult, ArmSeed, Budget
 from ..report.page import write_arena
-from ..report.receipt import environment, write_text
+from ..report.receipt import environment
 from .build import Teacher, build_arm, check_data, check_run, probe_data
 from .distill import PROBE_PAIRS, blank_teacher, inputs_of, obtain_teacher
 from .finish import Subject, describe_data, draw_pictures, evaluator_for

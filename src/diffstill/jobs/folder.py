@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
+from ..disk import write_text
 from ..errors import InputError, RunFailed
 from ..recipe import differences
-from ..report.receipt import write_text
 
 
 class RunFolder:

@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import __version__
 from ..diffusion.guidance import parse_guidance
 from ..diffusion.schedule import NoiseSchedule
+from ..disk import sync, sync_tree
 from ..errors import InputError, RunFailed
 from ..pipelines import travelling_source
 from .adapters import Family, family_of, unwrap
@@ -45,13 +46,12 @@ def save_model(
     curriculum_meta: Mapping[str, str] | None = None,
     card_images: Path | None = None,
     figures: Mapping[str, object] | None = None,
-    recipe: Mapping[str, Any] | None = None,
 ) -> Lineage:
     """Writes a model folder in one piece: beside, synced to disk, then renamed; an older model there is replaced.
 
     Args:
         denoiser: of a family that diffusers knows; weights are saved as float32.
-        lineage: its weights' hash and parameter count are filled in here, its recipe too where ``recipe`` is given.
+        lineage: its weights' hash and parameter count are filled in here.
         class_names: one a class.
         guided: False for a student without a live null branch.
         default_guidance: what the pipeline uses where a call names no scale (``parse_guidance``).
@@ -74,7 +74,7 @@ def save_model(
     state = {name: _as_saved(tensor) for name, tensor in network.state_dict().items()}
     if broken := not_finite(state):
         raise RunFailed(f"the weights are not finite ({broken}); nothing was written to {final}")
-    lineage = (lineage if recipe is None else lineage.with_recipe(recipe)).model_copy(
+    lineage = lineage.model_copy(
         update={"weights_sha256": weights_sha256(state), "parameters": sum(p.numel() for p in network.parameters())}
     )
     beside = final.parent / f".{final.name}.writing"
@@ -93,7 +93,7 @@ def save_model(
             meta = {**(curriculum_meta or {}), **_schedule_meta(denoiser.schedule)}
             save_file(tensors, beside / "curriculum.safetensors", metadata=meta)
         write_card(beside, figures=figures, grid=card_images)
-        _sync(beside)
+        sync_tree(beside)
         _swap(beside, final)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
@@ -161,19 +161,6 @@ def _write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _sync(folder: Path) -> None:
-    for path in [*folder.rglob("*"), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _swap(beside: Path, final: Path) -> None:
     """Puts ``beside`` in the place of ``final``; the older model stays whole until the newer one stands."""
     old = final.parent / f".{final.name}.replaced"
@@ -186,5 +173,5 @@ def _swap(beside: Path, final: Path) -> None:
         if old.exists():
             os.replace(old, final)
         raise
-    _sync_one(final.parent)
+    sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -98,9 +98,6 @@ class Lineage(_Record):
             teacher=self.teacher,
         )
 
-    def with_recipe(self, recipe: Mapping[str, Any]) -> Lineage:
-        return self.model_copy(update={"recipe": dict(recipe), "recipe_sha256": recipe_sha256(recipe)})
-
 
 def recipe_sha256(recipe: Mapping[str, Any]) -> str:
     """SHA-256 of a recipe as canonical JSON (sorted keys): equal for equal recipes in any order or layout."""

@@ -13,10 +13,11 @@ import yaml
 from markupsafe import Markup
 
 from .. import __version__
+from ..disk import write_text
 from ..evaluation.results import Estimate, ModelEvaluation, Protocol
 from . import arena_views, compare, curves, plots, views, words
 from .arena import ArenaResult
-from .receipt import DataSummary, Environment, Receipt, write_text
+from .receipt import DataSummary, Environment, Receipt
 
 ROOM = Path(__file__).parent
 Facts = list[tuple[str, str]]

@@ -19,6 +19,7 @@ import torch
 from pydantic import Field, ValidationError, field_validator
 
 from .. import __version__
+from ..disk import write_text
 from ..errors import InputError, RunFailed
 from ..evaluation.results import ModelEvaluation, Protocol, Result
 
@@ -26,20 +27,6 @@ from ..evaluation.results import ModelEvaluation, Protocol, Result
 def utc_now() -> str:
     """The time now as ``2026-03-01T12:00:00Z``."""
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically: a reader sees the old file or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(beside, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 class Document(Result):
