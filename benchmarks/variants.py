@@ -20,11 +20,11 @@ from typing import Any
 from diffstill.console import make_ui
 from diffstill.disk import write_text
 from diffstill.engine.runtime import Runtime
+from diffstill.evaluation.intervals import t_interval
 from diffstill.jobs.distill import distill
 from diffstill.jobs.train import Finished, train
 from diffstill.recipe import TrainRecipe, load_recipe
 from diffstill.recipe.schema import TeacherSpec
-from diffstill.report.arena import t_interval
 from diffstill.report.receipt import Receipt
 
 

@@ -11,8 +11,9 @@ from html_checks import check_page
 from hypothesis import given
 from hypothesis import strategies as st
 
+from diffstill.evaluation.intervals import t_interval
 from diffstill.report import arena as room
-from diffstill.report.arena import ArenaArm, ArenaResult, ArmSeed, best_fd, fd_at, fidelity, markdown_table, t_interval
+from diffstill.report.arena import ArenaArm, ArenaResult, ArmSeed, best_fd, fd_at, fidelity, markdown_table
 from diffstill.report.page import write_arena
 
 

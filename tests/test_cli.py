@@ -13,6 +13,7 @@ from PIL import Image
 from tiny import TINY
 
 from diffstill.cli import main
+from diffstill.jobs.arena import images_for_equal_seconds
 from diffstill.report.receipt import Receipt
 
 
@@ -93,7 +94,11 @@ def test_arena_pairs_the_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main([*command, "--out", str(tmp_path / "a"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [arm["name"] for arm in result["arms"]] == ["dash", "conditional"]
-    assert all(len(arm["seeds"]) == 2 for arm in result["arms"])
+    for arm in result["arms"]:
+        steps = [seed for seed in arm["seeds"] if seed["budget"] == "equal_steps"]
+        assert [seed["seed"] for seed in steps] == [0, 1]
+        for seed in arm["seeds"]:
+            assert seed["images_seen"] >= steps[0]["images_seen"], "at equal seconds a cheaper arm sees more"
     assert (tmp_path / "a" / "report.html").exists()
     # The conditional arm alone trains to the very same student as beside dash: arms do not disturb each other.
     single = ["arena", "digits-dash", *TINY, "--methods", "conditional", "--seeds", "1", "--quiet", "--json"]
@@ -101,6 +106,13 @@ def test_arena_pairs_the_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     alone = json.loads(capsys.readouterr().out)
     a, b = result["arms"][1]["seeds"][0]["evaluation"], alone["arms"][0]["seeds"][0]["evaluation"]
     assert a["sweep"][0]["fd"]["value"] == pytest.approx(b["sweep"][0]["fd"]["value"], rel=1e-3)
+
+
+def test_equal_seconds_gives_cheap_arms_more_images_and_dear_ones_none() -> None:
+    seconds = {"dash": 90.0, "scratch": 30.0, "near": 82.0, "dear": 120.0, "odd": 43.0}
+    images = dict.fromkeys([*seconds, "failed"], 6400)
+    assert images_for_equal_seconds(seconds, images, "dash", 64) == {"scratch": 19200, "odd": 209 * 64}
+    assert images_for_equal_seconds(seconds, images, "failed", 64) == {}, "a reference that diverged sets no budget"
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,21 @@ def proportion(successes: int, trials: int, *, level: float = 0.95) -> Estimate:
     return Estimate(value=p, low=low, high=high, level=level)
 
 
+def t_interval(values: Sequence[float | None], level: float = 0.95) -> Estimate:
+    """Mean and ``mean +/- t_{n-1} s / sqrt(n)`` (Student's t, s with n - 1).
+
+    One value has no interval. No value at all, or one that is missing or not finite, gives no mean.
+    """
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if not known or len(known) < len(values):
+        return Estimate(value=None, level=level)
+    mean = fmean(known)
+    if len(known) == 1:
+        return Estimate(value=mean, level=level)
+    half = float(student_t.ppf((1 + level) / 2, len(known) - 1)) * stdev(known) / math.sqrt(len(known))
+    return Estimate(value=mean, low=mean - half, high=mean + half, level=level)
+
+
 def pool(estimates: Sequence[Estimate]) -> Estimate:
     """One estimate from one estimate a sampling seed: the mean.
 
@@ -52,8 +67,7 @@ def pool(estimates: Sequence[Estimate]) -> Estimate:
         return estimates[0] if len(estimates) == 1 else Estimate.of(math.nan, level=level)
     mean, n = fmean(values), len(values)
     if n >= 3:
-        half = float(student_t.ppf(0.5 + level / 2, n - 1)) * stdev(values) / math.sqrt(n)
-        return Estimate(value=mean, low=mean - half, high=mean + half, level=level)
+        return t_interval(values, level)
     below = [v - e.low for v, e in zip(values, estimates, strict=True) if e.low is not None]
     above = [e.high - v for v, e in zip(values, estimates, strict=True) if e.high is not None]
     if len(below) < n or len(above) < n:

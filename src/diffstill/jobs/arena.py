@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -95,7 +95,7 @@ def arena(
         if number == 0:
             parameters = {arm.name: _size(arm) for arm in trainer.arms}
             if recipe.arena.equal_seconds:
-                longer = _images_for_equal_seconds(trainer.arms, reference, recipe.training.batch_size)
+                longer = _longer(trainer.arms, reference, recipe.training.batch_size)
         session.measure(trainer, f"seed-{seed}", seed, "equal_steps", found)
         if longer:
             cheaper = {name: arms[name] for name in longer}
@@ -221,13 +221,24 @@ def _size(arm: Arm) -> int:
     return sum(p.numel() for p in unwrap(arm.method.roles["student"]).parameters())
 
 
-def _images_for_equal_seconds(arms: list[Arm], reference: str, batch: int) -> dict[str, int]:
-    """Images for each arm that is clearly cheaper than the reference, so that it takes the reference's seconds."""
+def _longer(arms: list[Arm], reference: str, batch: int) -> dict[str, int]:
     # The mean over processes, so that all of them choose alike.
-    seconds = {arm.name: float(arm.runtime.mean(torch.tensor(arm.seconds, device=arm.runtime.device))) for arm in arms}
-    budget = seconds[reference]
-    return {
-        arm.name: round(arm.images * budget / seconds[arm.name] / batch) * batch
+    seconds = {
+        arm.name: float(arm.runtime.mean(torch.tensor(arm.seconds, device=arm.runtime.device)))
         for arm in arms
-        if arm.failed is None and 0 < seconds[arm.name] < CHEAPER * budget
+        if arm.failed is None
+    }
+    return images_for_equal_seconds(seconds, {arm.name: arm.images for arm in arms}, reference, batch)
+
+
+def images_for_equal_seconds(
+    seconds: Mapping[str, float], images: Mapping[str, int], reference: str, batch: int
+) -> dict[str, int]:
+    """Images, in whole batches, for each arm that is clearly cheaper (``CHEAPER``) than the reference, so that it takes
+    the reference's seconds. Empty where the reference itself has none (it diverged)."""
+    budget = seconds.get(reference, 0.0)
+    return {
+        name: round(images[name] * budget / took / batch) * batch
+        for name, took in seconds.items()
+        if 0 < took < CHEAPER * budget
     }

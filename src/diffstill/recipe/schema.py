@@ -160,7 +160,7 @@ class ArenaSpec(Section):
 
     arms: dict[str, ArmSpec] = {}
     reference: str = "dash"
-    equal_seconds: bool = Field(False, description="train cheaper arms a second time, for the reference's seconds")
+    equal_seconds: bool = Field(True, description="train cheaper arms a second time, for the reference's seconds")
 
 
 class Base(Section):

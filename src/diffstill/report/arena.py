@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from statistics import fmean, stdev
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
-from scipy.stats import t as student_t
 
+from ..evaluation.intervals import t_interval
 from ..evaluation.results import Estimate, ModelEvaluation, Protocol, Result
 from . import words
 from .receipt import DataSummary, Document, Environment
@@ -102,21 +100,6 @@ def fidelity(part: str, factor: float = 1.0) -> Metric:
 def seconds(seed: ArmSeed) -> float | None:
     """Training time with its share of the teacher passes."""
     return seed.seconds
-
-
-def t_interval(values: Sequence[float | None], level: float = 0.95) -> Estimate:
-    """Mean and ``mean +/- t_{n-1} s / sqrt(n)`` (Student's t, s with n - 1).
-
-    One value has no interval. No value at all, or one that is missing or not finite, gives no mean.
-    """
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if not known or len(known) < len(values):
-        return Estimate(value=None, level=level)
-    mean = fmean(known)
-    if len(known) == 1:
-        return Estimate(value=mean, level=level)
-    half = float(student_t.ppf((1 + level) / 2, len(known) - 1)) * stdev(known) / math.sqrt(len(known))
-    return Estimate(value=mean, low=mean - half, high=mean + half, level=level)
 
 
 class ArenaResult(Document):
