@@ -12,6 +12,7 @@ from tiny import TINY
 
 torch.set_num_threads(1)
 
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     before = os.environ.get("DIFFSTILL_CACHE")

@@ -34,6 +34,7 @@ from .loading import COMPONENTS, WEIGHTS, LoadedModel, load_model, not_finite
 
 __all__ = ["LoadedModel", "load_model", "save_model"]
 
+
 def save_model(
     denoiser: Denoiser,
     folder: str | Path,

@@ -229,9 +229,7 @@ def _load_lineage(folder: Path, network: Any) -> Lineage | None:
     return lineage
 
 
-def _load_curriculum(
-    folder: Path, schedule: NoiseSchedule
-) -> tuple[dict[str, Tensor] | None, dict[str, str] | None]:
+def _load_curriculum(folder: Path, schedule: NoiseSchedule) -> tuple[dict[str, Tensor] | None, dict[str, str] | None]:
     file = folder / "curriculum.safetensors"
     if not file.exists():
         return None, None
