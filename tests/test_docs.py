@@ -178,6 +178,7 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "training": schema.TrainSettings,
     "evaluation": schema.EvaluationSpec,
     "teacher": schema.TeacherSpec,
+    "respace": schema.RespaceSpec,
     "arena": schema.ArenaSpec,
     "arm": schema.ArmSpec,
     "curriculum": CurriculumOptions,

@@ -27,7 +27,7 @@ from diffstill.models.denoiser import Denoiser
 
 KINDS: tuple[PredictionType, ...] = ("epsilon", "v_prediction")
 kinds = pytest.mark.parametrize("kind", KINDS)
-DISTILLERS = ("composite", "conditional", "dash", "fitnets", "gap", "single-head")
+DISTILLERS = ("composite", "conditional", "dash", "fitnets", "gap", "sfddm", "single-head")
 
 
 def bench(name: str, kind: PredictionType = "epsilon", **options: Any) -> Bench:
@@ -254,6 +254,8 @@ TRAINS_NULL: list[tuple[str, dict[str, Any], bool]] = [
     ("fitnets", {}, True),
     ("conditional", {}, False),
     ("single-head", {}, False),
+    ("sfddm", {}, True),
+    ("sfddm", {"null_weight": 0.0}, False),
     ("supervised", {"label_dropout": 0.5}, True),
     ("supervised", {"label_dropout": 0.0}, False),
 ]
@@ -421,12 +423,14 @@ def test_distillation_needs_a_teacher_and_a_curriculum_to_transfer(name: str) ->
     method = METHODS[name]
     with pytest.raises(InputError, match=r"^teacher: None is missing; name a teacher model folder$"):
         method(Setting(tiny_denoiser((8, 8), 0)), method.options_class())
+    if name == "sfddm":  # has no weights over timesteps
+        return
     with pytest.raises(InputError, match=r"method\.curriculum: 'transfer' needs the teacher's curriculum"):
         method(Setting(tiny_denoiser((8, 8), 0), tiny_denoiser((8, 8), 1)), method.options_class())
 
 
 def test_unknown_stages_are_named_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"method\.stages: 'down\.7' .*down\.0, down\.1, mid, up\.0, up\.1"):
+    with pytest.raises(InputError, match=r"method\.stages: 'down\.7' .*down\.0, down\.1, last, mid, up\.0, up\.1"):
         bench("fitnets", stages=("down.7",))
 
 
@@ -457,7 +461,7 @@ def test_the_registry_and_what_its_methods_say() -> None:
     assert set(METHODS) == {*DISTILLERS, "supervised", "pruning"}
     assert {name for name, method in METHODS.items() if not method.guided} == {"single-head"}
     assert {name: method.init for name, method in METHODS.items() if method.init != "fresh"} == {"pruning": "magnitude"}
-    assert {name for name, method in METHODS.items() if not method.compiles} == {"fitnets"}
+    assert {name for name, method in METHODS.items() if not method.compiles} == {"fitnets", "sfddm"}
     assert {name for name, method in METHODS.items() if not method.trains_null} == {"conditional"}
     for method in METHODS.values():
         assert method.summary

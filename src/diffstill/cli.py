@@ -120,7 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
                      out="samples.png")  # fmt: skip
     sample.add_argument("model", help="a model folder or hub id")
     sample.add_argument("--guidance", default=None, help="2, tag:1,4,5 or interval:3,0.2,0.8 (default: the model's)")
-    sample.add_argument("--steps", type=int, default=50)
+    sample.add_argument("--steps", type=int, help="default: 50, or all of a model of fewer")
     sample.add_argument("--labels", default=None, help="class numbers or names, comma-separated")
     sample.add_argument("-n", "--count", type=int, default=None, help="how many images (default: 8 a class)")
     sample.add_argument("--seed", type=int, default=0)

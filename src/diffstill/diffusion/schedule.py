@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,29 @@ def cosine_betas(num_train_timesteps: int, offset: float = 0.008, lo: float = 1e
     grid = torch.arange(num_train_timesteps + 1, dtype=torch.float64) / num_train_timesteps
     curve = torch.cos((grid + offset) / (1 + offset) * math.pi / 2) ** 2
     return (1 - curve[1:] / curve[:-1]).clamp(lo, hi)
+
+
+FLOAT32_BETA = 1 - 2**-23
+"""The largest beta that is not 1 in float32."""
+Spacing = Literal["leading", "trailing"]
+
+
+def spaced_indices(T: int, steps: int, spacing: Spacing = "leading") -> list[int]:
+    """``steps`` evenly spaced timesteps of 0..T-1, increasing (sfddm.md 2.2).
+
+    ``leading`` starts at 0: ``floor(i T / steps)``, which is the released ``i * int(T / steps)`` where that divides,
+    and loses no timesteps at the noisy end where it does not. ``trailing`` ends at T-1: ``floor((i+1) T / steps) - 1``.
+
+    Raises:
+        ValueError: unless ``1 <= steps <= T``; one ``leading`` step, which would hardly denoise at all.
+    """
+    if not 1 <= steps <= T:
+        raise ValueError(f"steps {steps} must lie in 1..{T}")
+    if spacing == "trailing":
+        return [(i + 1) * T // steps - 1 for i in range(steps)]
+    if steps == 1:
+        raise ValueError("one leading step is timestep 0 alone, which returns the noise; use trailing")
+    return [i * T // steps for i in range(steps)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +128,28 @@ class NoiseSchedule:
         """``x_t`` (B, ...) in ``x0``'s dtype from clean ``x0`` in [-1, 1], standard-normal ``noise`` and ``t`` (B,)."""
         alpha, sigma = self.at(t, x0.ndim, x0.dtype)
         return alpha * x0 + sigma * noise
+
+    def respace(self, indices: Sequence[int]) -> NoiseSchedule:
+        """The schedule whose step i has the noise level of this one's step ``indices[i]`` (sfddm.md 2.1).
+
+        ``1 - beta'_i = abar[indices[i]] / abar[indices[i - 1]]``: a whole diffusion model of ``len(indices)`` steps,
+        whose posterior is that of this chain restricted to the chosen steps. Betas are kept below 1 in float32, the
+        type of diffusers' table: else the noisiest step of a ``trailing`` cosine schedule would have no signal.
+
+        Args:
+            indices: increasing, within 0..T-1; any spacing, any start.
+
+        Raises:
+            ValueError: no indices, unsorted or repeated ones, or one out of range.
+        """
+        chosen = list(indices)
+        if not chosen or any(b <= a for a, b in pairwise(chosen)):
+            raise ValueError(f"timesteps {chosen} must be a non-empty increasing sequence")
+        if chosen[0] < 0 or chosen[-1] >= self.T:
+            raise ValueError(f"timesteps {chosen[0]}..{chosen[-1]} must lie in 0..{self.T - 1}")
+        levels = self.alphas_cumprod[chosen]
+        before = torch.cat([torch.ones(1, dtype=torch.float64), levels[:-1]])
+        return NoiseSchedule(f"{self.name}-{len(chosen)}", (1 - levels / before).clamp(max=FLOAT32_BETA))
 
     def fingerprint(self) -> str:
         """Hash of the beta table; two models can share a curriculum only if theirs are equal."""

@@ -123,6 +123,7 @@ class Evaluator:
         teacher: Denoiser | None = None,
         guided: bool = True,
         cost: bool = True,
+        steps: int | None = None,
         progress: Progress | None = None,
     ) -> ModelEvaluation:
         """Everything there is to measure of one model: the sweep, the cost, and fidelity where a teacher is given.
@@ -131,34 +132,39 @@ class Evaluator:
             denoiser: with the weights to be evaluated (the EMA's).
             teacher: what the guidance gap is compared with, on held-out images; unguided students have none.
             guided: False measures one setting, scale 1 in one pass a step.
+            steps: sampling steps, where they are not the protocol's (a teacher beside a student of fewer steps).
 
         Raises:
             InputError: the model does not fit the data, or the teacher does not fit the model.
         """
-        self._check(denoiser)
+        steps = steps or self.settings.steps
+        self._check(denoiser, steps)
         schedules: list[GuidanceSchedule] = self.settings.schedules() if guided else [Constant(1.0)]
         compared = teacher if guided and len(self._held_out) else None
         if compared is not None:
             check_comparable(denoiser, compared, self._held_out)
-        meter = _Meter(progress, self._work(denoiser, schedules))
-        sweep = [self._point(denoiser, schedule, guided, meter) for schedule in schedules]
+        meter = _Meter(progress, self._work(denoiser, schedules, steps))
+        sweep = [self._point(denoiser, schedule, guided, steps, meter) for schedule in schedules]
         meter.say("guidance fidelity and cost")
         fidelity = self._fidelity(denoiser, compared) if compared is not None else None
-        measured = self._cost(denoiser, guided) if cost else None
+        measured = self._cost(denoiser, guided, steps) if cost else None
         meter.finish()
         return ModelEvaluation(
             name=name,
             method=method,
             sha256=weights_sha256(denoiser.network),
             guided=guided,
+            steps=steps,
             cost=measured,
             sweep=sweep,
             fidelity=fidelity,
         )
 
-    def _point(self, denoiser: Denoiser, schedule: GuidanceSchedule, guided: bool, meter: _Meter) -> ScalePoint:
+    def _point(
+        self, denoiser: Denoiser, schedule: GuidanceSchedule, guided: bool, steps: int, meter: _Meter
+    ) -> ScalePoint:
         """One guidance setting, pooled over the seeds."""
-        nfe = count_nfe(schedule, denoiser.schedule.T, self.settings.steps)
+        nfe = count_nfe(schedule, denoiser.schedule.T, steps)
         mine = share(self.settings.samples)
         found: dict[str, list[Estimate]] = {}
         for seed in self.settings.seeds:
@@ -166,7 +172,7 @@ class Evaluator:
                 denoiser,
                 len(mine),
                 guidance=schedule,
-                steps=self.settings.steps,
+                steps=steps,
                 seed=seed,
                 batch_size=self.settings.batch_size,
                 clip=self.settings.clip,
@@ -212,10 +218,10 @@ class Evaluator:
             bootstrap=self.settings.bootstrap,
         )
 
-    def _cost(self, denoiser: Denoiser, guided: bool) -> Cost:
+    def _cost(self, denoiser: Denoiser, guided: bool, steps: int) -> Cost:
         return measure_cost(
             denoiser,
-            steps=self.settings.steps,
+            steps=steps,
             guided=guided,
             batches=self.settings.cost_batches,
             budget_s=self.settings.cost_seconds,
@@ -230,20 +236,20 @@ class Evaluator:
         mine = share(len(images))
         return gather_rows(extract(self.extractor, images[mine.start : mine.stop], self.settings.batch_size))
 
-    def _work(self, denoiser: Denoiser, schedules: list[GuidanceSchedule]) -> float:
+    def _work(self, denoiser: Denoiser, schedules: list[GuidanceSchedule], steps: int) -> float:
         """Network evaluations of the sweep."""
-        once = sum(count_nfe(schedule, denoiser.schedule.T, self.settings.steps) for schedule in schedules)
+        once = sum(count_nfe(schedule, denoiser.schedule.T, steps) for schedule in schedules)
         return float(once * self.settings.samples * len(self.settings.seeds))
 
-    def _check(self, denoiser: Denoiser) -> None:
+    def _check(self, denoiser: Denoiser, steps: int) -> None:
         if denoiser.sample_shape != self.data.shape:
             mend = f"evaluate it on data of that shape ({self.data.name} is {self.data.shape})"
             raise InputError("model.sample_shape", denoiser.sample_shape, mend)
         if denoiser.num_classes != self.data.num_classes:
             mend = f"evaluate it on its own data ({self.data.name} has {self.data.num_classes} classes)"
             raise InputError("model.num_classes", denoiser.num_classes, mend)
-        if self.settings.steps > denoiser.schedule.T:
-            raise InputError("evaluation.steps", self.settings.steps, f"use 1..{denoiser.schedule.T}")
+        if steps > denoiser.schedule.T:
+            raise InputError("evaluation.steps", steps, f"use 1..{denoiser.schedule.T}")
 
 
 class _Meter:

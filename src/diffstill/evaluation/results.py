@@ -124,6 +124,9 @@ class ModelEvaluation(Result):
     method: str = ""
     sha256: str = ""
     guided: bool = True
+    steps: int | None = Field(
+        None, description="sampling steps; the protocol's, but for a teacher of few-step students"
+    )
     cost: Cost | None = None
     sweep: list[ScalePoint] = []
     fidelity: Fidelity | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
 from ..models.lineage import Lineage
 from ..models.students import inherit
-from ..recipe import ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, TrainRecipe
+from ..recipe import ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, RespaceSpec, TrainRecipe
 from ..recipe.problems import one_line
 
 
@@ -111,6 +111,25 @@ def as_teacher(loaded: LoadedModel, name: str = "teacher") -> Teacher:
     denoiser = loaded.denoiser.freeze()
     curriculum = restore_curriculum(loaded.curriculum, loaded.curriculum_meta, denoiser.schedule)
     return Teacher(denoiser, curriculum, loaded.lineage, loaded.folder, name)
+
+
+def respaced(teacher: Teacher, spec: RespaceSpec | None) -> Teacher:
+    """The teacher seen through fewer of its steps; itself where the recipe says nothing.
+
+    Raises:
+        InputError: timesteps that the teacher's schedule does not have.
+    """
+    if spec is None:
+        return teacher
+    try:
+        denoiser = teacher.denoiser.respaced(spec.indices(teacher.denoiser.schedule.T))
+    except ValueError as error:
+        raise InputError("respace", spec.model_dump(exclude_none=True), str(error), problem="does not fit") from None
+    assert denoiser.origin is not None
+    curriculum = teacher.curriculum
+    if curriculum is not None:
+        curriculum = curriculum.respace(denoiser.schedule, denoiser.origin[1])
+    return replace(teacher, denoiser=denoiser, curriculum=curriculum)
 
 
 def restore_curriculum(

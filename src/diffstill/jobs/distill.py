@@ -25,8 +25,9 @@ from .build import (
     check_run,
     open_teacher,
     probe_data,
+    respaced,
 )
-from .finish import Subject, evaluator_for, finish_run
+from .finish import Subject, evaluator_for, finish_run, teacher_subjects
 from .folder import RunFolder
 from .stage import Planned, run_stage, summarise
 from .train import Finished, save_trained, train_teacher
@@ -54,7 +55,7 @@ def blank_teacher(recipe: DistillRecipe, data: DataSplits) -> Teacher:
     """The teacher as far as it is known before it is trained: a finished model, or its recipe's untrained network."""
     upstream = teacher_recipe(recipe)
     if upstream is None:
-        return open_teacher(recipe.teacher.model or "")
+        return respaced(open_teacher(recipe.teacher.model or ""), recipe.respace)
     denoiser = build_denoiser(
         upstream.network,
         data.shape,
@@ -65,7 +66,7 @@ def blank_teacher(recipe: DistillRecipe, data: DataSplits) -> Teacher:
         "teacher.network",
     )
     method = build_method(upstream.method, Setting(denoiser))
-    return Teacher(denoiser, method.curriculum, None, None)
+    return respaced(Teacher(denoiser, method.curriculum, None, None), recipe.respace)
 
 
 def inputs_of(recipe: DistillRecipe, data: DataSplits, teacher: Teacher) -> dict[str, Any]:
@@ -92,11 +93,11 @@ def obtain_teacher(
     if upstream is None:
         teacher = open_teacher(recipe.teacher.model or "")
         teacher.denoiser.network.to(runtime.device)
-        return teacher, []
+        return respaced(teacher, recipe.respace), []
     teacher, summary = train_teacher(
         upstream, data, folder.path / "stages" / "teacher", folder.path / "teacher", runtime, ui
     )
-    return teacher, [summary]
+    return respaced(teacher, recipe.respace), [summary]
 
 
 def distill(
@@ -157,9 +158,13 @@ def distill(
     summaries.append(summarise(trainer, arm, recipe.name, "log.jsonl"))
     loaded = load_model(folder.model, runtime.device)
     subjects = [
-        Subject("teacher", teacher.denoiser, teacher.lineage.method if teacher.lineage else "", teacher.folder),
-        Subject("student", loaded.denoiser, method.name, folder.model, guided=method.guided),
-        *(Subject(o.name, o.student, o.method.name, None, guided=o.method.guided) for o in others if o.failed is None),
+        *teacher_subjects(teacher, recipe.evaluation),
+        Subject("student", loaded.denoiser, method.name, folder.model, method.guided, against=teacher.denoiser),
+        *(
+            Subject(o.name, o.student, o.method.name, None, o.method.guided, against=teacher.denoiser)
+            for o in others
+            if o.failed is None
+        ),
     ]
     receipt = finish_run(
         kind, recipe, data, folder, subjects, summaries, evaluator=evaluator, runtime=runtime, ui=ui,

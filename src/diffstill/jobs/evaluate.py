@@ -15,12 +15,12 @@ from ..engine.runtime import Runtime
 from ..errors import InputError, RunFailed
 from ..evaluation.sampling import sample_images
 from ..models.folder import LoadedModel, load_model
-from ..recipe import EvaluationSpec, override_section, parse_recipe
+from ..recipe import EvaluationSpec, RespaceSpec, override_section, parse_recipe
 from ..report.page import write_report
 from ..report.pictures import grid, save_png
 from ..report.receipt import Receipt, environment
-from .build import as_teacher, check_data
-from .finish import Subject, ancestry, describe_data, draw_pictures, evaluate_subjects, evaluator_for
+from .build import as_teacher, check_data, respaced
+from .finish import Subject, ancestry, describe_data, draw_pictures, evaluate_subjects, evaluator_for, teacher_subjects
 from .train import Finished
 from .ui import Ui
 
@@ -63,7 +63,7 @@ def sample(
     ui: Ui,
     *,
     guidance: str | None = None,
-    steps: int = 50,
+    steps: int | None = None,
     labels: str | None = None,
     count: int | None = None,
     seed: int = 0,
@@ -91,7 +91,7 @@ def sample(
             model.denoiser,
             len(wanted),
             guidance=scale,
-            steps=steps,
+            steps=min(50, model.denoiser.schedule.T) if steps is None else steps,
             seed=seed,
             batch_size=batch_size,
             clip=clip,
@@ -139,13 +139,14 @@ def evaluate(
     check_data(splits, model.denoiser, "model")
     name = model.lineage.name if model.lineage else model.folder.name
     method = model.lineage.method if model.lineage else ""
-    subjects = [Subject("student" if teacher else "model", model.denoiser, method, model.folder, model.guided)]
+    subjects = [Subject("model", model.denoiser, method, model.folder, model.guided)]
     if teacher is not None:
         loaded = load_model(teacher, runtime.device)
         check_data(splits, loaded.denoiser)
-        made = as_teacher(loaded)
-        made_method = loaded.lineage.method if loaded.lineage else ""
-        subjects.insert(0, Subject("teacher", made.denoiser, made_method, loaded.folder))
+        steps = model.lineage.timesteps if model.lineage else []
+        made = respaced(as_teacher(loaded), RespaceSpec(timesteps=tuple(steps)) if steps else None)
+        student = Subject("student", model.denoiser, method, model.folder, model.guided, against=made.denoiser)
+        subjects = [*teacher_subjects(made, spec), student]
     evaluator = evaluator_for(spec, splits, runtime)
     models = evaluate_subjects(subjects, evaluator, runtime, ui)
     receipt = Receipt(
@@ -161,7 +162,8 @@ def evaluate(
     )
     if runtime.is_main:
         for subject in subjects:
-            models[subject.role].images.update(draw_pictures(subject, models[subject.role], splits, out, spec.steps))
+            steps_of = subject.steps or spec.steps
+            models[subject.role].images.update(draw_pictures(subject, models[subject.role], splits, out, steps_of))
         write_report(receipt, out, out / "report.html")
         receipt.save(out / "receipt.json")
     runtime.barrier()

@@ -22,11 +22,13 @@ from ..recipe import DistillRecipe, EvaluationSpec, TrainRecipe, resolved
 from ..report.page import write_report
 from ..report.pictures import class_grid, grid, save_png
 from ..report.receipt import Ancestor, DataSummary, Receipt, TrainingSummary, environment
+from .build import Teacher
 from .folder import RunFolder
 from .ui import Ui
 
 GRID_PER_CLASS = 8
 SWEEP_IMAGES = 10
+TEACHER_STEPS = 50
 GRID_SEED = 12345
 """Pictures come from their own noise stream, the same for every model."""
 
@@ -39,7 +41,25 @@ class Subject:
     denoiser: Denoiser
     method: str
     folder: Path | None
+    """Where it is saved; None for a model that is measured and thrown away, and for a second view of one."""
     guided: bool = True
+    against: Denoiser | None = None
+    """The teacher that its guidance gap is compared with."""
+    steps: int | None = None
+    """Sampling steps, where they are not the protocol's."""
+
+
+def teacher_subjects(teacher: Teacher, spec: EvaluationSpec) -> list[Subject]:
+    """The teacher; where the student has fewer steps, the whole teacher at its own and the one strided over theirs."""
+    method = teacher.lineage.method if teacher.lineage else ""
+    if teacher.denoiser.origin is None:
+        return [Subject("teacher", teacher.denoiser, method, teacher.folder)]
+    whole = teacher.denoiser.origin[0]
+    steps = spec.teacher_steps or min(TEACHER_STEPS, whole.schedule.T)
+    return [
+        Subject("teacher", whole, method, teacher.folder, steps=steps),
+        Subject("strided-teacher", teacher.denoiser, method, None),
+    ]
 
 
 def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime) -> Evaluator:
@@ -60,8 +80,7 @@ def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime) -> E
 def evaluate_subjects(
     subjects: Sequence[Subject], evaluator: Evaluator, runtime: Runtime, ui: Ui
 ) -> dict[str, ModelEvaluation]:
-    """Every subject under one protocol; fidelity against the subject called ``teacher``. Cost only of saved models."""
-    teacher = next((s.denoiser for s in subjects if s.role == "teacher"), None)
+    """Every subject under one protocol. Cost only of saved models."""
     found: dict[str, ModelEvaluation] = {}
     for subject in subjects:
         # One memory layout for all, or their latencies would not compare.
@@ -72,8 +91,9 @@ def evaluate_subjects(
                 subject.denoiser,
                 subject.role,
                 subject.method,
-                teacher=None if subject.role == "teacher" else teacher,
+                teacher=subject.against,
                 guided=subject.guided,
+                steps=subject.steps,
                 cost=subject.folder is not None,
                 progress=bar.update,
             )
@@ -112,7 +132,8 @@ def finish_run(
     if runtime.is_main:
         for subject in subjects:
             evaluation = models[subject.role]
-            evaluation.images.update(draw_pictures(subject, evaluation, data, folder.path, recipe.evaluation.steps))
+            steps = subject.steps or recipe.evaluation.steps
+            evaluation.images.update(draw_pictures(subject, evaluation, data, folder.path, steps))
             if subject.folder and subject.folder.parent == folder.path:
                 refresh_card(subject.folder, evaluation, folder.path, recipe.evaluation.default_guidance)
         write_report(receipt, folder.path, folder.report)

@@ -22,6 +22,8 @@ from ..models.denoiser import Denoiser
 from ..models.features import tapped
 from .curriculum import Curriculum
 
+R = TypeVar("R")
+
 
 class Options(BaseModel):
     """Base of every method's options: unknown keys are refused, values are not coerced silently."""
@@ -61,22 +63,26 @@ class TeacherOutputs:
     """The frozen teacher at the batch's (x_t, t, y): computed once, on first use, and shared between methods.
 
     Args:
-        wants: the union over methods of ``Method.teacher_needs``: of ``cond``, ``null`` and ``features``.
+        wants: the union over methods of ``Method.teacher_needs``: of ``cond``, ``null``, ``features`` and ``model``.
     """
 
     def __init__(self, teacher: Denoiser, batch: Batch, wants: frozenset[str]) -> None:
         self._teacher, self._batch, self._wants = teacher, batch, wants
+        self._once: dict[str, Any] = {}
 
     @cached_property
-    def _computed(self) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor]]:
+    def _computed(self) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
         b, teacher = self._batch, self._teacher
         with torch.no_grad(), tapped(teacher.network, "features" in self._wants) as features:
             if {"cond", "null"} <= self._wants:
                 cond, null = teacher.branches(b.x_t, b.t, b.labels)
-                return cond, null, {name: f.chunk(2)[0] for name, f in features.items()}
+                halves = {name: f.chunk(2) for name, f in features.items()}
+                return cond, null, {n: h[0] for n, h in halves.items()}, {n: h[1] for n, h in halves.items()}
             if "null" in self._wants:
-                return None, teacher.null(b.x_t, b.t), {}
-            return teacher(b.x_t, b.t, b.labels), None, dict(features)
+                return None, teacher.null(b.x_t, b.t), {}, dict(features)
+            if self._wants == {"model"}:
+                return None, None, {}, {}
+            return teacher(b.x_t, b.t, b.labels), None, dict(features), {}
 
     @property
     def computed(self) -> bool:
@@ -99,6 +105,21 @@ class TeacherOutputs:
     def features(self) -> dict[str, Tensor]:
         """Stage outputs of the conditional branch, by the adapter's stage names."""
         return self._computed[2]
+
+    @property
+    def null_features(self) -> dict[str, Tensor]:
+        """Stage outputs of the null branch."""
+        return self._computed[3]
+
+    def once(self, name: str, compute: Callable[[Denoiser, Batch], R]) -> R:
+        """What a method computes with the teacher by itself (``model`` in its needs), kept as long as the outputs."""
+        if "model" not in self._wants:
+            raise LookupError("the method used the teacher's model but does not list it in teacher_needs")
+        if name not in self._once:
+            with torch.no_grad():
+                self._once[name] = compute(self._teacher, self._batch)
+        found: R = self._once[name]
+        return found
 
 
 def _asked(value: Tensor | None, name: str) -> Tensor:
@@ -153,7 +174,7 @@ class Method(ABC):
     """Paper and equation."""
     options_class: ClassVar[type[Options]] = Options
     teacher_needs: frozenset[str] = frozenset()
-    """Of ``cond``, ``null``, ``features``; may be set per instance from the options."""
+    """Of ``cond``, ``null``, ``features`` and ``model`` (to call it otherwise); may be set per instance."""
     student_passes: int = 1
     """Student forwards an image and step; what ``--dry-run`` predicts with."""
     compiles: ClassVar[bool] = True

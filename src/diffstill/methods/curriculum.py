@@ -93,6 +93,13 @@ class Curriculum(nn.Module):
         if self.logits.requires_grad and self.options.rule == "tirt" and self.options.clamp is not None:
             self.logits.clamp_(-self.options.clamp, self.options.clamp)
 
+    def respace(self, schedule: NoiseSchedule, indices: Tensor) -> Curriculum:
+        """The weights at the steps ``indices`` (T',) of this curriculum's schedule, for the respaced one; frozen."""
+        made = Curriculum(schedule, self.options)
+        with torch.no_grad():
+            made.logits.copy_(self.logits[indices])
+        return made.freeze()
+
     def table(self) -> dict[str, Tensor]:
         """Tensors to save with the model."""
         return {"logits": self.logits.detach().clone(), "base": self.base.clone(), "weights": self.weights().detach()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -44,6 +44,10 @@ class Denoiser:
         self._call = family_of(network).call
         self.autocast_dtype: torch.dtype | None = None
         """When set, forwards run under autocast of this dtype; outputs are float32 either way."""
+        self.time_index: Tensor | None = None
+        """(T,) int64: the time input that the network knows step i by; None where that is i itself."""
+        self.origin: tuple[Denoiser, Tensor] | None = None
+        """Of a respaced model: the model it was made of, and (T,) int64 which of that one's steps its own are."""
 
     @property
     def null_label(self) -> int:
@@ -55,6 +59,9 @@ class Denoiser:
 
     def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """Raw prediction (B, C, H, W) float32 for noisy images, timesteps (B,) int64 and labels (B,) int64."""
+        if self.time_index is not None:
+            self.time_index = self.time_index.to(t.device)
+            t = self.time_index[t]
         if self.autocast_dtype is None:
             return self._call(self.network, x_t, t, labels)
         with torch.autocast(x_t.device.type, self.autocast_dtype):
@@ -91,7 +98,23 @@ class Denoiser:
     def with_network(self, network: nn.Module) -> Denoiser:
         """The same schedule and vocabulary around another network (an EMA copy, a student)."""
         other = Denoiser(network, self.schedule, self.num_classes, self.sample_shape, self.prediction_type)
-        other.autocast_dtype = self.autocast_dtype
+        other.autocast_dtype, other.time_index = self.autocast_dtype, self.time_index
+        if self.origin is not None:
+            other.origin = self.origin[0].with_network(network), self.origin[1]
+        return other
+
+    def respaced(self, indices: Sequence[int]) -> Denoiser:
+        """The same network as a model of ``len(indices)`` steps: step i is its timestep ``indices[i]``.
+
+        Sampled over all its steps it is this model strided over ``indices``.
+
+        Raises:
+            ValueError: see ``NoiseSchedule.respace``.
+        """
+        schedule, steps = self.schedule.respace(indices), torch.as_tensor(list(indices))
+        other = Denoiser(self.network, schedule, self.num_classes, self.sample_shape, self.prediction_type)
+        other.autocast_dtype, other.origin = self.autocast_dtype, (self, steps)
+        other.time_index = steps if self.time_index is None else self.time_index.to(steps.device)[steps]
         return other
 
     @contextmanager

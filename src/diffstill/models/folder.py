@@ -119,7 +119,7 @@ def _check_saveable(
 
 
 def _index(denoiser: Denoiser, class_names: Sequence[str], guided: bool, default_guidance: str) -> dict[str, Any]:
-    family = family_of(denoiser.network)
+    family, index = family_of(denoiser.network), denoiser.time_index
     return {
         "_class_name": ["pipeline", "ClassConditionalPipeline"],
         "_diffusers_version": diffusers.__version__,
@@ -128,6 +128,8 @@ def _index(denoiser: Denoiser, class_names: Sequence[str], guided: bool, default
         "num_classes": denoiser.num_classes,
         "guided": guided,
         "default_guidance": default_guidance if guided else "1",
+        # No list: diffusers takes lists in this file for components.
+        "time_index": None if index is None else {str(step): t for step, t in enumerate(index.tolist())},
         "id2label": {str(number): name for number, name in enumerate(class_names)},
     }
 

@@ -51,6 +51,9 @@ class Lineage(_Record):
     data: DataRef | None = None
     teacher: Ancestor | None = None
     stages: list[str] = Field([], description="methods of the chain so far, oldest first, this one last")
+    timesteps: list[int] = Field(
+        [], description="of a student of fewer steps: which of its teacher's steps its own are"
+    )
     images_seen: int = Field(0, ge=0, description="training images of the last stage, repeats counted")
     seeds: list[int] = []
     weights_sha256: str = ""
@@ -65,6 +68,7 @@ class Lineage(_Record):
         recipe: Mapping[str, Any] | None = None,
         data: DataRef | None = None,
         teacher: Lineage | Ancestor | None = None,
+        timesteps: Sequence[int] = (),
         images_seen: int = 0,
         seeds: Sequence[int] = (),
     ) -> Lineage:
@@ -83,6 +87,7 @@ class Lineage(_Record):
             data=data,
             teacher=ancestor,
             stages=[*before, method],
+            timesteps=list(timesteps),
             images_seen=images_seen,
             seeds=list(seeds),
         )

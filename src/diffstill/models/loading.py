@@ -71,6 +71,7 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", *, has_nu
     names = tuple(str(named.get(str(number), number)) for number in range(num_classes))
     default = str(index.get("default_guidance", "2" if guided else "1"))
     denoiser = Denoiser(_moved(network, device).eval(), schedule, num_classes, shape, prediction_type)
+    denoiser.time_index = _load_time_index(folder, index, schedule.T)
     return LoadedModel(denoiser, lineage, tensors, meta, guided, names, default, folder)
 
 
@@ -202,6 +203,16 @@ def _classes(folder: Path, index: dict[str, Any], network: Any, has_null: bool) 
     if num_classes != rows - 1 and (guided or num_classes != rows):
         raise _bad(folder, f"names {num_classes} classes, and its network has {rows} label rows instead of one more")
     return num_classes, guided
+
+
+def _load_time_index(folder: Path, index: dict[str, Any], T: int) -> Tensor | None:
+    found = index.get("time_index")
+    if found is None:
+        return None
+    steps = [found.get(str(step)) for step in range(T)] if isinstance(found, dict) else [None]
+    if not all(type(t) is int and t >= 0 for t in steps) or len(found) != T:
+        raise _bad(folder, f"has a time_index that does not name its {T} steps")
+    return torch.tensor(steps)
 
 
 def _sample_shape(folder: Path, network: Any) -> tuple[int, int, int]:

@@ -26,6 +26,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guided: False for a model without a live null branch, which is sampled in one pass.
         default_guidance: what is used where a call names none: ``"2"``, ``"tag:1,4,5"``, ``"interval:3,0.2,0.8"``.
         id2label: names of the classes, by their number as text.
+        time_index: the time input that the network knows a step of the schedule by, by the step's number as text; None:
+            the step itself.
     """
 
     model_cpu_offload_seq = "unet->transformer"
@@ -44,6 +46,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guided: bool = True,
         default_guidance: str = "2",
         id2label: dict[str, str] | None = None,
+        time_index: dict[str, int] | None = None,
     ) -> None:
         super().__init__()
         if (unet is None) == (transformer is None):
@@ -53,7 +56,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
             network: Any = unet or transformer
             num_classes = network.config.get("num_embeds_ada_norm") or network.config.num_class_embeds - 1
         self.register_to_config(
-            num_classes=num_classes, guided=guided, default_guidance=default_guidance, id2label=id2label
+            num_classes=num_classes,
+            guided=guided,
+            default_guidance=default_guidance,
+            id2label=id2label,
+            time_index=time_index,
         )
 
     @torch.no_grad()
@@ -62,7 +69,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         class_labels: int | str | Sequence[int | str] | torch.Tensor,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
-        num_inference_steps: int = 50,
+        num_inference_steps: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         *,
@@ -77,7 +84,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_labels: labels 0..num_classes-1 or class names; one, a list, or a tensor.
             guidance_scale: constant scale; 1 is purely conditional and skips the null pass. None: the model's default.
             generator: one for all images, or a list with one an image: then an image does not depend on its batch.
-            num_inference_steps: steps of the scheduler, 1..num_train_timesteps.
+            num_inference_steps: steps of the scheduler, 1..num_train_timesteps; None: 50, or all where there are fewer.
             output_type: ``pil`` images, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W) in [0, 1], ``latent``: as sampled.
             return_dict: False gives a tuple instead of an ``ImagePipelineOutput``.
             guidance_schedule: a scale that depends on the timestep, instead of ``guidance_scale``: ``tag:1,4,5``
@@ -138,11 +145,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return self._parse(1.0)
 
     def _prepared_scheduler(
-        self, steps: int, clip: str, generator: torch.Generator | list[torch.Generator] | None
+        self, steps: int | None, clip: str, generator: torch.Generator | list[torch.Generator] | None
     ) -> tuple[Any, dict[str, Any]]:
         """The scheduler with its timesteps set, and the options of its ``step`` that it knows."""
         scheduler = self.scheduler
         T = scheduler.config.num_train_timesteps
+        steps = min(50, T) if steps is None else steps
         if not 1 <= steps <= T:
             raise ValueError(f"num_inference_steps {steps} must lie in 1..{T}")
         if clip not in ("recompute", "paper", "none"):
@@ -178,6 +186,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return self._guide(cond, unconditional, scale)
 
     def _forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if self.config.time_index is not None:
+            t = torch.tensor(self.config.time_index[str(round(float(t)))])
         stamps = t.to(x.device).expand(len(x))
         if self.unet is not None:
             return self.unet(x, stamps, class_labels=labels, return_dict=False)[0]

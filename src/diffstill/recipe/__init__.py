@@ -17,6 +17,7 @@ from .schema import (
     MethodSpec,
     NetworkSpec,
     Recipe,
+    RespaceSpec,
     ScheduleSpec,
     TeacherSpec,
     TrainRecipe,
@@ -25,6 +26,7 @@ from .schema import (
 __all__ = [
     "ArenaSpec",
     "ArmSpec",
+    "RespaceSpec",
     "DistillRecipe",
     "EvaluationSpec",
     "MethodSpec",

@@ -11,7 +11,7 @@ from ..data.sources import DataSpec
 from ..diffusion.guidance import parse_guidance
 from ..diffusion.prediction import PredictionType
 from ..diffusion.sampling import ClipMode
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.schedule import NoiseSchedule, Spacing, spaced_indices
 from ..engine.settings import TrainSettings
 from ..methods import METHODS, Options
 from ..models.adapters import FAMILIES
@@ -92,6 +92,9 @@ class EvaluationSpec(Section):
     extractor: str = Field("classifier", description="classifier | inception[:PATH] | torchscript:PATH")
     samples: int = Field(1000, ge=20, description="generated images a seed and guidance setting")
     steps: int = Field(50, ge=1, description="DDIM steps")
+    teacher_steps: int | None = Field(
+        None, ge=1, description="of a teacher whose student has fewer steps (respace); null: 50, or all that it has"
+    )
     guidance: tuple[str, ...] = Field(
         ("1", "1.5", "2", "3", "4", "tag:1,4,5"), description="scales, tag:min,max,beta or interval:s,lo,hi"
     )
@@ -145,6 +148,30 @@ class TeacherSpec(Section):
         if (self.model is None) == (self.recipe is None):
             raise ValueError("give either model (a folder or hub id) or recipe (trained first)")
         return self
+
+
+class RespaceSpec(Section):
+    """Fewer steps: which of the teacher's timesteps the student's are. The teacher is seen through the same ones."""
+
+    steps: int | None = Field(None, ge=1, description="how many, evenly spaced")
+    spacing: Spacing = Field("leading", description="leading: from 0 on, as released; trailing: up to T-1")
+    timesteps: tuple[int, ...] | None = Field(None, description="which, instead of steps: any increasing sequence")
+
+    @model_validator(mode="after")
+    def _one(self) -> RespaceSpec:
+        if (self.steps is None) == (self.timesteps is None):
+            raise ValueError("give either steps (evenly spaced) or timesteps (a sequence)")
+        return self
+
+    def indices(self, T: int) -> list[int]:
+        """Timesteps of a schedule of length ``T``.
+
+        Raises:
+            ValueError: more steps than T, one leading step.
+        """
+        if self.timesteps is not None:
+            return list(self.timesteps)
+        return spaced_indices(T, self.steps or 0, self.spacing)
 
 
 class ArmSpec(Section):
@@ -206,6 +233,7 @@ class DistillRecipe(Base):
     kind: Literal["distill"]
     teacher: TeacherSpec
     student: NetworkSpec
+    respace: RespaceSpec | None = Field(None, description="null: the student takes the teacher's steps")
     beside: dict[str, ArmSpec] = Field(
         {}, description="students trained in the same pass and measured beside this one, not saved"
     )
@@ -214,10 +242,9 @@ class DistillRecipe(Base):
     @model_validator(mode="after")
     def _named(self) -> DistillRecipe:
         for name in (*self.beside, *self.arena.arms):
-            if not re.fullmatch(NAME, name) or name in ("teacher", "student", self.name):
-                raise ValueError(
-                    f"arm {name!r}: use another name (letters, digits, . _ -; not teacher, student, {self.name})"
-                )
+            if not re.fullmatch(NAME, name) or name in ("teacher", "strided-teacher", "student", self.name):
+                taken = f"teacher, strided-teacher, student, {self.name}"
+                raise ValueError(f"arm {name!r}: use another name (letters, digits, . _ -; not {taken})")
         return self
 
     @property

@@ -54,7 +54,8 @@ def call(network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
 
 
 def stages(network: Any) -> dict[str, nn.Module]:
-    return {f"block.{i}": block for i, block in enumerate(network.transformer_blocks)}
+    """Outputs of the blocks, and ``last``: the normalised output of the last one."""
+    return {f"block.{i}": block for i, block in enumerate(network.transformer_blocks)} | {"last": network.norm_out}
 
 
 DIT = Family(

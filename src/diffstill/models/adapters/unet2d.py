@@ -63,10 +63,14 @@ def call(network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
 
 
 def stages(network: Any) -> dict[str, nn.Module]:
-    """Outputs of the down stages, the middle and the up stages. Down blocks return (hidden, skips)."""
+    """Outputs of the down stages, the middle and the up stages, and ``last``: what enters the last convolution.
+
+    Down blocks return (hidden, skips).
+    """
     named: dict[str, nn.Module] = {f"down.{i}": block for i, block in enumerate(network.down_blocks)}
     named["mid"] = network.mid_block
     named |= {f"up.{i}": block for i, block in enumerate(network.up_blocks)}
+    named["last"] = network.conv_act
     return named
 
 

@@ -1,0 +1,543 @@
+"""Fewer steps: respaced schedules and models against closed-form chains, and SFDDM's losses (sfddm.md 7)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import TINY
+from torch import Tensor
+from torch.nn import functional
+
+from diffstill.analytic import GaussianMixtureWorld, analytic_denoiser
+from diffstill.checks.bench import Bench, tiny_denoiser
+from diffstill.cli import main
+from diffstill.diffusion.guidance import Constant
+from diffstill.diffusion.sampling import ddim_sample
+from diffstill.diffusion.schedule import NoiseSchedule, spaced_indices
+from diffstill.diffusion.steps import ddim_step, one_step_target
+from diffstill.errors import InputError
+from diffstill.evaluation.sampling import sample_images
+from diffstill.methods import METHODS, Curriculum, Setting, TeacherOutputs
+from diffstill.methods.sfddm import Sfddm, SfddmOptions, trajectory_target
+from diffstill.models.denoiser import Denoiser
+from diffstill.models.folder import load_model
+from diffstill.report.receipt import Receipt
+
+T = 1024
+IRREGULAR = [0, 64, 128, 192, 496, 500, 504, 508, 512, 516, 520, 524, 528, 832, 896, 960]
+
+
+def sigmoid_schedule() -> NoiseSchedule:
+    """The released one: not diffusers' "sigmoid", in which beta itself is a sigmoid."""
+    grid = torch.sigmoid(torch.arange(T + 1, dtype=torch.float64) / T * 6 - 3)
+    abar = (grid[-1] - grid) / (grid[-1] - grid[0])
+    return NoiseSchedule("sigmoid", (1 - abar[1:] / abar[:-1]).clamp(max=0.999))
+
+
+SIGMOID = sigmoid_schedule()
+WORLD = GaussianMixtureWorld.single_gaussians(torch.tensor([0.3]).view(1, 1, 1, 1), std=0.5)
+EXACT = analytic_denoiser(WORLD, SIGMOID)
+
+
+def law(run: Any) -> tuple[float, float]:
+    """Mean and standard deviation of what an affine map makes of N(0, 1)."""
+    low, high = run(torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)).flatten().tolist()
+    return low, abs(high - low)
+
+
+def ddim_law(model: Denoiser) -> tuple[float, float]:
+    steps = model.schedule.T
+    labels = torch.zeros(2, dtype=torch.int64)
+    return law(
+        lambda z: ddim_sample(
+            lambda x, t: model(x, t, labels),
+            lambda x, t: model.branches(x, t, labels),
+            z,
+            model.schedule,
+            Constant(1.0),
+            steps=steps,
+            clip="none",
+        )
+    )
+
+
+# ----------------------------------------------------------------------------------------------- the respaced schedule
+
+
+def test_the_released_schedule_has_its_known_levels() -> None:
+    known = {0: 0.999707, 64: 0.97736, 256: 0.84989, 512: 0.49838, 896: 0.05239, 1016: 0.002086}
+    for t, value in known.items():
+        assert SIGMOID.alphas_cumprod[t].item() == pytest.approx(value, rel=3e-4)
+
+
+def test_sixteen_leading_steps_have_their_known_ratios() -> None:
+    known = [
+        *(0.999707, 0.977649, 0.968418, 0.955896, 0.939360, 0.918274, 0.892514, 0.862565),
+        *(0.829511, 0.794694, 0.759065, 0.722390, 0.682316, 0.632714, 0.558767, 0.416553),
+    ]
+    respaced = SIGMOID.respace(spaced_indices(T, 16))
+    torch.testing.assert_close(1 - respaced.betas, torch.tensor(known, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+@given(st.sets(st.integers(0, T - 1), min_size=1, max_size=60))
+@settings(max_examples=40, deadline=None)
+def test_any_increasing_indices_keep_their_noise_levels(chosen: set[int]) -> None:
+    indices = sorted(chosen)
+    respaced = SIGMOID.respace(indices)
+    torch.testing.assert_close(respaced.alphas_cumprod, SIGMOID.alphas_cumprod[indices], rtol=1e-8, atol=0)
+    gaps = [torch.prod(1 - SIGMOID.betas[a + 1 : b + 1]) for a, b in zip([-1, *indices], indices, strict=False)]
+    torch.testing.assert_close(1 - respaced.betas, torch.stack(gaps), rtol=1e-8, atol=0)
+
+
+def test_all_indices_give_the_schedule_back() -> None:
+    torch.testing.assert_close(SIGMOID.respace(range(T)).betas, SIGMOID.betas, rtol=1e-9, atol=1e-14)
+
+
+def test_the_posterior_is_that_of_the_teachers_chain() -> None:
+    """Bayes' rule on the teacher's chain, index 512 -> 256: q(x_256 | x_512, x_0)."""
+    abar = SIGMOID.alphas_cumprod
+    between = torch.prod(1 - SIGMOID.betas[257:513])
+    prior, noise = 1 - abar[256], 1 - between
+    precision = 1 / prior + between / noise
+    bayes = [abar[256].sqrt() / prior / precision, between.sqrt() / noise / precision, 1 / precision]
+    respaced = SIGMOID.respace([256, 512])
+    b, before = respaced.betas[1], respaced.alphas_cumprod[0]
+    closed = [before.sqrt() * b, (1 - b).sqrt() * (1 - before), b * (1 - before)]
+    closed = [term / (1 - respaced.alphas_cumprod[1]) for term in closed]
+    for mine, theirs, known in zip(closed, bayes, (0.760111, 0.229165, 0.123771), strict=True):
+        assert mine.item() == pytest.approx(theirs.item(), rel=1e-10)
+        assert mine.item() == pytest.approx(known, abs=2e-6)
+
+
+def test_spacings() -> None:
+    assert spaced_indices(1024, 4) == [0, 256, 512, 768]
+    assert spaced_indices(1024, 4, "trailing") == [255, 511, 767, 1023]
+    assert spaced_indices(1024, 1, "trailing") == [1023]
+    assert spaced_indices(1024, 100) == [int(10.24 * i) for i in range(100)], "the released list for 100 steps"
+    assert spaced_indices(10, 10) == spaced_indices(10, 10, "trailing") == list(range(10))
+
+
+@given(length=st.integers(2, 300), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_spacings_are_increasing_and_reach_their_end(length: int, data: st.DataObject) -> None:
+    steps = data.draw(st.integers(2, length))
+    leading, trailing = spaced_indices(length, steps), spaced_indices(length, steps, "trailing")
+    assert (leading[0], trailing[-1]) == (0, length - 1)
+    for found in (leading, trailing):
+        assert len(set(found)) == steps
+        assert found == sorted(found)
+        assert 0 <= found[0] <= found[-1] < length
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ([], "non-empty increasing"), ([3, 2], "increasing"), ([1, 1], "increasing"),
+        ([-1, 2], r"must lie in 0\.\.1023"), ([0, 1024], r"must lie in 0\.\.1023"),
+    ],
+)  # fmt: skip
+def test_indices_that_cannot_be_are_refused(bad: list[int], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        SIGMOID.respace(bad)
+
+
+def test_spacings_that_cannot_be_are_refused() -> None:
+    for steps in (0, 1025):
+        with pytest.raises(ValueError, match=rf"steps {steps} must lie in 1\.\.1024"):
+            spaced_indices(T, steps)
+    with pytest.raises(ValueError, match="returns the noise; use trailing"):
+        spaced_indices(T, 1)
+
+
+# ------------------------------------------------------------------------------------- the strided teacher as a model
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "mean", "std"),
+    [
+        (1024, "leading", 0.299919, 0.498865), (128, "leading", 0.293236, 0.493712),
+        (100, "leading", 0.291908, 0.492208), (32, "leading", 0.285780, 0.477643),
+        (8, "leading", 0.270835, 0.424739), (2, "leading", 0.236283, 0.300854),
+        (128, "trailing", 0.299920, 0.492241), (8, "trailing", 0.299934, 0.407601),
+        (2, "trailing", 0.299968, 0.200027), (1, "trailing", 0.300000, 0.000135),
+    ],
+)  # fmt: skip
+def test_the_strided_teachers_law_is_the_closed_form(steps: int, spacing: Any, mean: float, std: float) -> None:
+    found = ddim_law(EXACT.respaced(spaced_indices(T, steps, spacing)))
+    assert found == (pytest.approx(mean, abs=1e-5), pytest.approx(std, abs=1e-5))
+
+
+def test_an_irregular_chain_too() -> None:
+    assert ddim_law(EXACT.respaced(IRREGULAR)) == (pytest.approx(0.282326, abs=1e-5), pytest.approx(0.398815, abs=1e-5))
+
+
+def test_a_respaced_model_is_the_network_at_the_chosen_timesteps() -> None:
+    model = tiny_denoiser((8, 8), 0)
+    fewer = model.respaced([3, 40, 700])
+    x, labels = torch.randn(6, *model.sample_shape), torch.arange(6) % 3
+    t = torch.tensor([0, 1, 2, 2, 1, 0])
+    assert torch.equal(fewer(x, t, labels), model(x, torch.tensor([3, 40, 700])[t], labels))
+    torch.testing.assert_close(fewer.schedule.alphas_cumprod, model.schedule.alphas_cumprod[[3, 40, 700]])
+    again = fewer.respaced([0, 2])
+    assert torch.equal(again(x, torch.ones_like(t), labels), model(x, torch.full_like(t, 700), labels))
+    copied = fewer.with_network(copy.deepcopy(model.network))
+    assert torch.equal(copied(x, t, labels), fewer(x, t, labels))
+    assert copied.origin is not None
+    assert copied.origin[0].network is copied.network, "the origin follows the network (an EMA copy, a compiled form)"
+
+
+def test_the_noisiest_step_keeps_a_signal_in_diffusers_float32() -> None:
+    respaced = NoiseSchedule.create("cosine", 1000).respace(spaced_indices(1000, 4, "trailing"))
+    stock = DDIMScheduler(num_train_timesteps=4, trained_betas=respaced.betas.tolist())
+    assert 0 < stock.alphas_cumprod[-1] < 1e-6
+    torch.testing.assert_close(stock.alphas_cumprod.double(), respaced.alphas_cumprod, rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("indices", [spaced_indices(1000, 8), spaced_indices(1000, 8, "trailing"), [0, 5, 90, 91, 700]])
+def test_stock_ddim_takes_the_same_way(indices: list[int], clip: bool) -> None:
+    model = tiny_denoiser((8, 8), 0).respaced(indices)
+    model.network.eval()
+    steps = len(indices)
+    stock = DDIMScheduler(
+        num_train_timesteps=steps, trained_betas=model.schedule.betas.tolist(), clip_sample=clip,
+        set_alpha_to_one=True, steps_offset=0, timestep_spacing="leading",
+    )  # fmt: skip
+    stock.set_timesteps(steps)
+    noise, labels = torch.randn(3, *model.sample_shape, generator=torch.Generator().manual_seed(0)), torch.arange(3)
+    x = noise
+    with torch.no_grad():
+        for t in stock.timesteps:
+            out = model(x, t.expand(3), labels)
+            x = stock.step(out, t, x, eta=0.0, use_clipped_model_output=clip).prev_sample
+        ours = ddim_sample(
+            lambda x, t: model(x, t, labels), lambda x, t: model.branches(x, t, labels), noise, model.schedule,
+            Constant(1.0), steps=steps, clip="recompute" if clip else "none",
+        )  # fmt: skip
+    torch.testing.assert_close(ours, x, rtol=2e-4, atol=2e-4 * float(x.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "mean", "std"),
+    [(128, "leading", 0.299843, 0.485466), (8, "leading", 0.295910, 0.375199), (2, "trailing", 0.300000, 0.200000)],
+)
+def test_stock_ddpm_draws_from_the_closed_form_law(steps: int, spacing: Any, mean: float, std: float) -> None:
+    model = EXACT.respaced(spaced_indices(T, steps, spacing))
+    stock = DDPMScheduler(
+        num_train_timesteps=steps, trained_betas=model.schedule.betas.tolist(), variance_type="fixed_small",
+        clip_sample=False,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    count = 40_000
+    x, labels = torch.randn(count, 1, 1, 1, generator=generator), torch.zeros(count, dtype=torch.int64)
+    for t in reversed(range(steps)):
+        x = stock.step(model(x, torch.full((count,), t), labels), t, x, generator=generator).prev_sample
+    assert x.mean().item() == pytest.approx(mean, abs=3.5 * std / count**0.5)
+    assert x.std().item() == pytest.approx(std, abs=3.5 * std / (2 * count) ** 0.5)
+
+
+# ------------------------------------------------------------------------------------------------- single steps
+
+
+@given(t=st.integers(1, T - 1), data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_one_step_target_reaches_what_it_was_made_of(t: int, data: st.DataObject) -> None:
+    u = data.draw(st.integers(-1, t - 1))
+    alpha, sigma = SIGMOID.alphas, SIGMOID.sigmas
+    one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    a_u, s_u = (one, zero) if u < 0 else (alpha[u], sigma[u])
+    x_t, x_u = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(t))
+    reached = one_step_target(x_t, x_u, alpha[t], sigma[t], a_u, s_u)
+    back = ddim_step(reached, x_t, alpha[t], sigma[t], a_u, s_u)
+    torch.testing.assert_close(back, x_u, rtol=1e-9, atol=1e-9)
+    if u < 0:
+        torch.testing.assert_close(reached, x_u)
+
+
+class Follower(Denoiser):
+    """The perfect trajectory student: it predicts the target itself."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        return trajectory_target(self.leader, x_t, t, labels, self.way)
+
+    leader: Denoiser
+    way: int | None = None
+
+
+def follower(indices: list[int], way: int | None = None, kind: Any = "epsilon") -> Follower:
+    leader = analytic_denoiser(WORLD, SIGMOID, kind).respaced(indices)
+    made = Follower(leader.network, leader.schedule, leader.num_classes, leader.sample_shape, kind)
+    made.leader, made.way = leader, way
+    return made
+
+
+@pytest.mark.parametrize(
+    ("steps", "spacing", "mean", "std"),
+    [
+        (16, "trailing", 0.299919, 0.498865), (2, "trailing", 0.299919, 0.498865), (1, "trailing", 0.299919, 0.498865),
+        (16, "leading", 0.277707, 0.503037), (8, "leading", 0.265048, 0.509011), (2, "leading", 0.166453, 0.630568),
+    ],
+)  # fmt: skip
+def test_a_perfect_trajectory_student_takes_all_of_the_teachers_steps(
+    steps: int, spacing: Any, mean: float, std: float
+) -> None:
+    found = ddim_law(follower(spaced_indices(T, steps, spacing)))
+    assert found == (pytest.approx(mean, abs=2e-5), pytest.approx(std, abs=2e-5))
+
+
+def test_on_fewer_teacher_steps_the_trajectory_lies_between() -> None:
+    """Its law is the strided teacher's at one step a jump, and the whole teacher's at all of them."""
+    indices = spaced_indices(T, 8, "trailing")
+    stds = [ddim_law(follower(indices, way))[1] for way in (1, 2, 8, None)]
+    assert stds[0] == pytest.approx(0.407601, abs=1e-5)
+    assert stds == sorted(stds)
+    assert stds[-1] == pytest.approx(0.498865, abs=2e-5)
+
+
+def test_one_jump_has_the_known_gain_and_slope() -> None:
+    model = analytic_denoiser(WORLD, SIGMOID, "sample").respaced([896, 960])
+    x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
+    t, labels = torch.ones(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    low, high = trajectory_target(model, x, t, labels).flatten().tolist()
+    assert high - low == pytest.approx(0.048059, abs=2e-6)
+    low, high = model(x, t, labels).flatten().tolist()
+    assert high - low == pytest.approx(0.037546, abs=2e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- the method
+
+INDICES = [0, 60, 400, 999]
+
+
+def setting(teacher_widths: tuple[int, int] = (8, 16), kind: Any = "epsilon", copied: bool = False) -> Setting:
+    teacher = tiny_denoiser(teacher_widths, 1)
+    teacher.prediction_type = kind
+    fewer = teacher.freeze().respaced(INDICES)
+    network = copy.deepcopy(teacher.network).requires_grad_(True) if copied else tiny_denoiser((8, 8), 2).network
+    student = Denoiser(network, fewer.schedule, teacher.num_classes, teacher.sample_shape, kind)
+    return Setting(student, fewer)
+
+
+def make(chosen: Setting, **options: Any) -> Any:
+    return Sfddm(chosen, SfddmOptions(**options))
+
+
+def batch_of(method: Any) -> Any:
+    bench = Bench(METHODS["dash"], teacher=tiny_denoiser((8, 16), 1))
+    made = bench.batch()
+    t = torch.arange(len(made.t)) % len(INDICES)
+    from dataclasses import replace
+
+    return replace(made, t=t, t_global=t, x_t=method.schedule.add_noise(made.x0, made.noise, t))
+
+
+def loss_of(method: Any, batch: Any) -> Any:
+    return method.loss(batch, TeacherOutputs(method.teacher, batch, method.teacher_needs))
+
+
+def test_student_and_teacher_see_the_same_image() -> None:
+    method = make(setting())
+    batch = batch_of(method)
+    whole = method.teacher.origin[0].schedule
+    torch.testing.assert_close(batch.x_t, whole.add_noise(batch.x0, batch.noise, torch.tensor(INDICES)[batch.t]))
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_copy_fed_the_teachers_timesteps_loses_nothing(kind: Any) -> None:
+    method = make(setting(kind=kind, copied=True), time_index="teacher")
+    losses = loss_of(method, batch_of(method))
+    assert losses.total.item() == pytest.approx(0.0, abs=1e-6)
+    with torch.no_grad():
+        next(method.student.network.parameters()).add_(0.1)
+    assert loss_of(method, batch_of(method)).total.item() > 1e-3
+    own = make(setting(kind=kind, copied=True))
+    assert loss_of(own, batch_of(own)).total.item() > 1e-3, "its own step is another time input"
+
+
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [
+        ("l1", lambda a, b: (a - b).abs().mean()),
+        ("mse", lambda a, b: (a - b).square().mean()),
+        ("huber", lambda a, b: functional.huber_loss(a, b, delta=0.1)),
+    ],
+)
+def test_the_loss_is_its_formula(name: str, loss: Any) -> None:
+    method = make(setting((8, 8)), output_loss=name, feature_weight=0.7, null_weight=0.4)
+    batch = batch_of(method)
+    found = loss_of(method, batch)
+    taps: dict[str, list[Tensor]] = {"student": [], "teacher": []}
+    outputs = {}
+    for role, model, t in (
+        ("student", method.student, batch.t),
+        ("teacher", method.teacher.origin[0], torch.tensor(INDICES)[batch.t]),
+    ):
+        hook = model.network.conv_out.register_forward_pre_hook(lambda m, args, role=role: taps[role].append(args[0]))
+        outputs[role] = [model(batch.x_t, t, batch.labels), model(batch.x_t, t, torch.full_like(batch.labels, 3))]
+        hook.remove()
+    parts = {
+        "output": loss(outputs["student"][0], outputs["teacher"][0]),
+        "null": loss(outputs["student"][1], outputs["teacher"][1]),
+        "feature": (taps["student"][0] - taps["teacher"][0]).abs().mean(),
+        "null_feature": (taps["student"][1] - taps["teacher"][1]).abs().mean(),
+    }
+    for part, value in parts.items():
+        torch.testing.assert_close(found.parts[part], value.detach(), rtol=1e-5, atol=1e-6)
+    total = parts["output"] + 0.4 * parts["null"] + 0.7 * parts["feature"] + 0.28 * parts["null_feature"]
+    torch.testing.assert_close(found.total, total, rtol=1e-5, atol=1e-6)
+
+
+def test_the_trajectory_loss_is_against_the_trajectory() -> None:
+    method = make(setting(), target="trajectory", trajectory_steps=3, feature_weight=0)
+    assert method.teacher_needs == {"model"}
+    batch = batch_of(method)
+    found = loss_of(method, batch)
+    with torch.no_grad():
+        wanted = trajectory_target(method.teacher, batch.x_t, batch.t, batch.labels, 3)
+        null = trajectory_target(method.teacher, batch.x_t, batch.t, torch.full_like(batch.labels, 3), 3)
+        cond, student_null = method.student.branches(batch.x_t, batch.t, batch.labels)
+    torch.testing.assert_close(found.parts["output"], (cond - wanted).abs().mean(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.parts["null"], (student_null - null).abs().mean(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"target": "trajectory", "trajectory_steps": 2}])
+def test_gradients_reach_the_student_and_its_projector_alone(options: dict[str, Any]) -> None:
+    method = make(setting((8, 16)), **options)
+    method.teacher.network.requires_grad_(True)  # if a gradient could get there, it would
+    before = copy.deepcopy(method.teacher.network.state_dict())
+    loss_of(method, batch_of(method)).total.backward()
+    assert all(p.grad is None for p in method.teacher.network.parameters())
+    assert all(torch.equal(before[k], v) for k, v in method.teacher.network.state_dict().items())
+    trained = [p for role in method.roles.values() for p in role.parameters()]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained)
+    for network in (method.teacher.network, method.student.network):
+        assert all(not module._forward_hooks for module in network.modules())
+
+
+def test_widths_are_bridged_only_where_they_differ() -> None:
+    assert "projector" not in make(setting((8, 8))).roles
+    wide = make(Setting(setting((8, 8)).student, tiny_denoiser((16, 16), 1).freeze().respaced(INDICES)))
+    assert "projector" in wide.roles
+    assert not wide.role_optimizers["projector"].ema, "dropped at export"
+    bare = make(Setting(wide.student, wide.teacher), feature_weight=0)
+    assert "projector" not in bare.roles
+
+
+def test_a_curriculum_follows_the_chosen_steps() -> None:
+    schedule = NoiseSchedule.create("cosine", 1000)
+    whole = Curriculum(schedule)
+    with torch.no_grad():
+        whole.logits.copy_(torch.linspace(-2, 2, 1000))
+    fewer = whole.respace(schedule.respace(INDICES), torch.tensor(INDICES))
+    expected = whole.weights()[INDICES]
+    torch.testing.assert_close(fewer.weights(), expected / expected.mean(), rtol=1e-5, atol=1e-6)
+    assert not fewer.logits.requires_grad
+
+
+# --------------------------------------------------------------------------------------------- from recipe to folder
+
+FEW = [*(part for part in TINY if not part.startswith("student")), "student.block_out_channels=[8, 16]"]
+
+
+@pytest.fixture(scope="module", params=["own", "teacher"])
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sfddm") / request.param
+    few = [*FEW, "respace.steps=4", "evaluation.teacher_steps=6", f"method.time_index={request.param}"]
+    assert main(["distill", "digits-sfddm", *few, "--out", str(out), "--quiet"]) == 0
+    return out
+
+
+def test_a_run_measures_the_teacher_the_strided_teacher_and_the_student(run: Path) -> None:
+    receipt = Receipt.load(run / "receipt.json")
+    assert list(receipt.models) == ["teacher", "student", "strided-teacher"]
+    assert {role: model.steps for role, model in receipt.models.items()} == {
+        "teacher": 6, "student": 4, "strided-teacher": 4,
+    }  # fmt: skip
+    assert [point.nfe for point in receipt.models["teacher"].sweep] == [6, 12]
+    assert [point.nfe for point in receipt.models["student"].sweep] == [4, 8]
+    assert receipt.models["student"].fidelity is not None, "the gap is compared at the steps that both have"
+    assert receipt.models["teacher"].fidelity is None
+
+
+def test_the_student_is_an_ordinary_model_of_its_steps(run: Path) -> None:
+    loaded = load_model(run / "model")
+    own = run.name == "own"
+    assert loaded.denoiser.schedule.T == 4
+    assert (loaded.denoiser.time_index is None) == own
+    assert loaded.lineage is not None
+    assert loaded.lineage.timesteps == [0, 250, 500, 750]
+    teacher = load_model(run / "teacher").denoiser
+    levels = teacher.schedule.alphas_cumprod[loaded.lineage.timesteps]
+    torch.testing.assert_close(loaded.denoiser.schedule.alphas_cumprod, levels, rtol=1e-5, atol=1e-6)
+
+
+def test_plain_diffusers_draws_the_same_pixels(run: Path) -> None:
+    loaded = load_model(run / "model")
+    pipeline = DiffusionPipeline.from_pretrained(run / "model", trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    labels = [0, 3, 7]
+    ours = sample_images(loaded.denoiser, 3, guidance=Constant(2.0), steps=4, labels=torch.tensor(labels))
+    from diffstill.diffusion.sampling import image_noise
+
+    theirs = pipeline(
+        labels, guidance_scale=2.0, latents=image_noise(loaded.denoiser.sample_shape, 0, 0, 3), output_type="pt"
+    ).images
+    assert (theirs.mul(255).round().to(torch.int16) - ours.to(torch.int16)).abs().max() <= 1
+
+
+def test_the_command_line_samples_and_evaluates_it(run: Path, tmp_path: Path) -> None:
+    assert main(["sample", str(run / "model"), "--out", str(tmp_path / "x.png"), "--quiet"]) == 0
+    folder = str(tmp_path / "e")
+    teacher = str(run / "teacher")
+    assert main(["eval", str(run / "model"), "--teacher", teacher, "--out", folder, "--quiet"]) == 0
+    again, first = Receipt.load(tmp_path / "e"), Receipt.load(run)
+    assert list(again.models) == list(first.models)
+    assert again.models["student"].fidelity is not None
+    assert first.models["student"].fidelity is not None
+    ratios = [r.models["student"].fidelity.overall.ratio.value for r in (again, first)]  # type: ignore[union-attr]
+    assert ratios[0] == pytest.approx(ratios[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("respace={steps: 2000}", r"respace: .*steps 2000 must lie in 1\.\.1000"),
+        ("respace={timesteps: [5, 3]}", "respace: .*increasing"),
+        ("respace={timesteps: [0, 1000]}", r"respace: .*0\.\.999"),
+        ("respace={steps: 1}", "respace: .*use trailing"),
+        ("respace={steps: 4, timesteps: [1]}", "respace"),
+        ("evaluation.steps=17", "evaluation.steps"),
+        ("method.trajectory_steps=0", "method: trajectory_steps: 0"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(
+    override: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    assert main(["distill", "digits-sfddm", override, "--out", str(tmp_path / "never"), "--dry-run"]) == 2
+    told = capsys.readouterr().err.strip()
+    assert "\n" not in told
+    assert re.search(says, told), told
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_transformer_shows_no_feature_map() -> None:
+    from diffstill.models.adapters import FAMILIES
+
+    network = FAMILIES["dit"].build(
+        sample_shape=(1, 8, 8), num_classes=3, num_layers=1, num_attention_heads=1, attention_head_dim=8
+    )
+    model = Denoiser(network, NoiseSchedule.create("cosine", 1000), 3, (1, 8, 8))
+    fewer = model.respaced(INDICES)
+    student = Denoiser(copy.deepcopy(network), fewer.schedule, 3, (1, 8, 8))
+    with pytest.raises(InputError, match=r"method\.feature_weight: 1\.0 needs a feature map"):
+        Sfddm(Setting(student, fewer), SfddmOptions())
+    Sfddm(Setting(student, fewer), SfddmOptions(feature_weight=0))
