@@ -243,7 +243,7 @@ def test_variants_conform_for_every_prediction_type(kind: Any, name: str, option
 
 
 def test_own_networks_are_copied_and_left_alone() -> None:
-    teacher, student = tiny_denoiser((8, 8), 4), tiny_denoiser((4, 4), 5)
+    teacher, student = tiny_denoiser((16, 16), 4), tiny_denoiser((8, 8), 5)
     before = {name: value.clone() for name, value in student.network.state_dict().items()}
     bench = Bench(Dash, None, teacher, student)
     training.teacher_unchanged(bench)

@@ -22,7 +22,8 @@ from diffstill.cli import main
 from diffstill.engine.log import read_log
 
 TRAIN = [
-    "train", "digits-teacher", "network.block_out_channels=[8, 8]", "network.dropout=0.1", "data.limit=100",
+    "train", "digits-teacher", "network.block_out_channels=[8, 8]", "network.norm_num_groups=4",
+    "network.dropout=0.1", "data.limit=100",
     "training.batch_size=16", "training.warmup_images=0", "training.log_every=1", "training.images=640",
     "training.checkpoint_every=16", "evaluation.samples=20", "evaluation.pairs=20", "evaluation.steps=2",
     "evaluation.guidance=[1]", "--quiet",

@@ -160,7 +160,7 @@ def test_one_arm_that_diverges_does_not_stop_the_other(tmp_path: Path, log_every
 
 def test_a_checkpoint_of_other_networks_is_refused_in_one_line(tmp_path: Path) -> None:
     DASH.trainer(tmp_path).run()
-    other = Bench(Dash, None, student=tiny_denoiser((4, 4), 0)).trainer(tmp_path, steps=12)
+    other = Bench(Dash, None, student=tiny_denoiser((8, 12), 0)).trainer(tmp_path, steps=12)
     with pytest.raises(InputError, match="run: 'arm' has a checkpoint of other networks") as caught:
         other.run()
     assert "--fresh" in one_line(caught.value)

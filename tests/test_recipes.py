@@ -104,7 +104,7 @@ def test_published_lengths_and_rates() -> None:
 def test_base_weights_are_published_at_length_and_standard_in_short_runs(name: str, form: str) -> None:
     recipe = load_recipe(name)
     assert isinstance(recipe, TrainRecipe)
-    small = recipe.network.model_copy(update={"block_out_channels": [32], "attention_levels": []})
+    small = recipe.network.model_copy(update={"block_out_channels": [64], "attention_levels": []})
     denoiser = build_denoiser(small, (3, 8, 8), 10, recipe.schedule.build(), recipe.prediction_type, 0)
     curriculum = Supervised(Setting(denoiser), recipe.method.build_options()).curriculum
     assert curriculum.options.snr_form == form

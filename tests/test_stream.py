@@ -45,7 +45,7 @@ FIELDS = ("x0", "labels", "t", "noise", "x_t")
 
 
 def stream(rank: int = 0, world: int = 1, seed: int = 0, flip: bool = True) -> BatchStream:
-    denoiser = tiny_denoiser((4, 4), 0)
+    denoiser = tiny_denoiser((8, 8), 0)
     data = random_images(denoiser, 40)
     return BatchStream(data, denoiser.schedule, batch_size=16, seed=seed, device=CPU, flip=flip, rank=rank, world=world)
 
@@ -93,7 +93,7 @@ def test_flipping_mirrors_about_half_of_the_images_and_nothing_else() -> None:
 
 def test_named_draws_are_independent_and_do_not_depend_on_the_order_of_asking() -> None:
     big = BatchStream(
-        random_images(tiny_denoiser((4, 4), 0), 40),
+        random_images(tiny_denoiser((8, 8), 0), 40),
         NoiseSchedule.create("cosine", 1000), batch_size=4096, seed=0, device=CPU,
     )  # fmt: skip
     first, second = big.batch(0), big.batch(0)

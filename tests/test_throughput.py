@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+import throughput
 import torch
-from torch import Tensor, nn
-
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-import throughput  # noqa: E402
-from ladder import (  # noqa: E402
+from ladder import (
     Effort,
     Rung,
     unavailable,
 )
-from problem import DIGITS, Problem, Work  # noqa: E402
-from product import LibraryStep  # noqa: E402
-from step import Draw, PngFiles, Step, Switches  # noqa: E402
-from timing import Stopwatch  # noqa: E402
+from problem import DIGITS, Problem, Work
+from product import LibraryStep
+from step import Draw, PngFiles, Step, Switches
+from timing import Stopwatch
+from torch import Tensor, nn
 
-from diffstill.engine.runtime import Runtime  # noqa: E402
+from diffstill.engine.runtime import Runtime
 
 CPU = torch.device("cpu")
 FAST = Switches(batched=True, foreach_ema=True, fused=True, resident=True, no_sync=True, channels_last=True)

@@ -84,7 +84,10 @@ class Arm:
         """Loss and gradients of one micro-batch that makes up ``share`` of this process's batch."""
         if self._unproven:
             self._prove_compiled(batch, teacher)
-        with self._mode(), self.runtime.accumulate(self.method.roles["student"], last):
+        with ExitStack() as stack:
+            stack.enter_context(self._mode())
+            for role in self.method.roles.values():
+                stack.enter_context(self.runtime.accumulate(role, last))
             losses: Losses = self.method.loss(batch, teacher)
             (losses.total * share).backward()
         self._add("loss", losses.total.detach() * share)

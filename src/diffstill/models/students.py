@@ -348,7 +348,7 @@ def student_for_ratio(config: Mapping[str, Any], ratio: float) -> dict[str, Any]
         fitting: list[tuple[int, dict[str, Any]]] = []
         for layers in range(1, config["layers_per_block"] + 1):
             shallow = {**teacher, "layers_per_block": layers, "norm_num_groups": groups}
-            candidates = [{**shallow, "block_out_channels": w} for w in _scaled_widths(shallow, unit)]
+            candidates = [{**shallow, "block_out_channels": w} for w in _scaled_widths(shallow, unit, 2 * groups)]
             if place := bisect_right(candidates, budget, key=lambda options: count(**options)):
                 fitting.append((count(**candidates[place - 1]), candidates[place - 1]))
             smallest = candidates[0] if layers == 1 else smallest
@@ -360,10 +360,11 @@ def student_for_ratio(config: Mapping[str, Any], ratio: float) -> dict[str, Any]
         groups //= 2
 
 
-def _scaled_widths(options: Mapping[str, Any], unit: int) -> list[list[int]]:
-    """All widths scaled by one factor and rounded to multiples of ``unit``, without repeats, narrow to wide."""
+def _scaled_widths(options: Mapping[str, Any], unit: int, least: int) -> list[list[int]]:
+    """All widths scaled by one factor, rounded to multiples of ``unit``, at least ``least``; narrow to wide."""
     widths = options["block_out_channels"]
     steps = max(widths) // unit * 2
     factors = [k / steps for k in range(1, steps + 1)]
-    scaled = {tuple(min(c, max(unit, round(c * f / unit) * unit)) for c in widths) for f in factors}
+    least = -(-least // unit) * unit
+    scaled = {tuple(min(c, max(least, round(c * f / unit) * unit)) for c in widths) for f in factors}
     return [list(w) for w in sorted(scaled)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from textwrap import shorten
 
 import numpy as np
 from markupsafe import Markup
@@ -38,8 +39,11 @@ def headline(arena: ArenaResult, budget: Budget = "equal_steps") -> Markup | Non
     panel = Panel("", f"best {arena.protocol.extractor.name} over the guidance sweep (lower is better)",
                   size=(9.6, 0.42 * len(arms) + 1.1), note=f"Best distance by arm, {budget}")  # fmt: skip
     shown = _rows(panel, arms, best_fd, budget, arena.reference)
+    best, floor = arena.teacher.best, arena.protocol.floor
+    lines = [e.value for e in (best.fd if best else None, floor) if e is not None and e.value]
     means = [arm.mean(best_fd, budget) for arm in arms]
     if spans_decades(shown):
+        panel.axes.set_xlim(left=min([*shown, *lines]) / 1.3)
         panel.log_axis("x")
     else:
         colours = [SERIES[0] if arm.name == arena.reference else MUTED for arm in arms]
@@ -49,7 +53,6 @@ def headline(arena: ArenaResult, budget: Budget = "equal_steps") -> Markup | Non
         end = max([v for v in (found.value, found.high) if v is not None], default=0.0)
         panel.mark(words.plus_minus(found), (end, row), (9, 0))
     panel.axes.set_xlim(right=panel.axes.get_xlim()[1] * 1.22)
-    best, floor = arena.teacher.best, arena.protocol.floor
     if best is not None and best.fd.value is not None:
         panel.upright(best.fd.value, f"teacher {words.number(best.fd.value)}", "left")
     if floor is not None and floor.value is not None:
@@ -89,7 +92,11 @@ def small_multiples(arena: ArenaResult, budget: Budget = "equal_steps") -> list[
         return []
     drawn = []
     for arm in arms:
-        panel = Panel(arm.label, size=(3.1, 2.3), note=f"{arm.label}: distance by guidance, {budget}")
+        panel = Panel(
+            shorten(arm.label, 34, placeholder=" ..."),
+            size=(3.1, 2.3),
+            note=f"{arm.label}: distance by guidance, {budget}",
+        )
         for other in lines.values():
             panel.axes.plot(range(len(settings)), _heights(other), color=LINE, linewidth=1.2, zorder=1)
         panel.axes.plot(range(len(settings)), _heights(teacher), color=INK, linewidth=1.2, linestyle=(0, (4, 3)))

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from . import arena_plots, views, words
-from .arena import COLUMNS, OVERVIEW, ArenaResult, Budget, best_fd, rows
+from .arena import COLUMNS, OVERVIEW, ArenaResult, Budget, best_fd, fidelity, rows
 
 PAPER = views.Table(
     "CIFAR-10 and CIFAR-100 as published",
@@ -38,6 +38,7 @@ PAPER = views.Table(
         ["Conditional only", "6.1 M", "22.31 \u00b1 0.46", "27.83 \u00b1 0.59", "0.09", "0.08"],
     ],
 )
+GAP = fidelity("gap_mse", 1000)
 BUDGETS: dict[Budget, tuple[str, str]] = {
     "equal_steps": ("At equal steps", "Every arm trained for the same number of steps on the same images."),
     "equal_seconds": (
@@ -58,12 +59,18 @@ def lead(arena: ArenaResult) -> str:
             continue
         text = f"{BUDGETS[budget][0]}, {arms[0].label} reaches the lowest {metric}, {words.estimate(mean)}"
         paired = [arena.paired(arm, best_fd, budget) for arm in arms]
-        lows = [found.low for found in paired if found is not None and found.low is not None]
-        if reference is not None and lows:
+        spans = [(e.low, e.high) for e in paired if e is not None and e.low is not None and e.high is not None]
+        if reference is not None and spans:
             who = "it" if reference is arms[0] else reference.label
-            beaten = f"{sum(low > 0 for low in lows)} of {len(lows)} other arms"
-            text += f"; {who} is better than {beaten} by more than the seeds\u2019 scatter"
+            better, worse = sum(low > 0 for low, _ in spans), sum(high < 0 for _, high in spans)
+            counts = f"better than {better} and worse than {worse} of {len(spans)} others"
+            text += f"; beyond the seeds\u2019 scatter {who} is {counts}"
         said.append(text + ".")
+        gaps = [(found.value, arm.label) for arm in arms if (found := arm.mean(GAP, budget)).value is not None]
+        if gaps:
+            error, label = min(gaps)
+            told = f"{words.number(error)} (MSE \u00d7\u202f1000)"
+            said.append(f"{label} has the smallest error of the guidance gap, {told}.")
     if best is not None and said:
         said.append(f"The teacher scores {words.number(best.fd.value)}.")
     return " ".join(said) or "No arm has been measured."

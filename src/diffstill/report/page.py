@@ -194,12 +194,13 @@ def write_arena(arena: ArenaResult, out: str | Path, run_dir: str | Path | None 
     folder, metric = Path(run_dir) if run_dir else Path(out).parent, arena.protocol.extractor.name
     reference = arena.arm(arena.reference)
     settings, strips = arena_views.strips(arena, folder)
-    seeds = max((len(arm.at(budget)) for arm in arena.arms for budget in arena.budgets()), default=0)
+    counts = {len(arm.at(budget)) for arm in arena.arms for budget in arena.budgets() if arm.at(budget)}
+    seeds = " to ".join(str(count) for count in sorted({min(counts, default=0), max(counts, default=0)}))
     return _write(
         "arena.html.j2",
         out,
         f"Arena: {len(arena.arms)} ways to a smaller student",
-        kicker=f"arena \u00b7 {arena.data.name} \u00b7 up to {seeds} training seeds an arm",
+        kicker=f"arena \u00b7 {arena.data.name} \u00b7 training seeds an arm: {seeds}",
         lead=arena_views.lead(arena),
         warnings=[
             f"{arm.label}: the gap ratio fell under 0.5 in {alarms} of {len(arm.at(budget))} trainings."

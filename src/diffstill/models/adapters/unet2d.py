@@ -33,6 +33,10 @@ def build(
         raise ValueError(
             f"block_out_channels {list(block_out_channels)} must be multiples of norm_num_groups {norm_num_groups}"
         )
+    if norm_num_groups in block_out_channels:
+        # Group norm of single channels removes what the embedding adds to each of them.
+        mend = f"norm_num_groups {norm_num_groups} leaves one channel a group at width {norm_num_groups}"
+        raise ValueError(f"{mend}, which is blind to label and timestep there; use fewer groups or more channels")
     if height % 2 ** (levels - 1) or width % 2 ** (levels - 1):
         raise ValueError(f"image size {height}x{width} must be divisible by {2 ** (levels - 1)} for {levels} levels")
     if any(not 0 <= level < levels for level in attention_levels):

@@ -1,0 +1,175 @@
+"""Writes the measured tables of README.md and docs/ from the files under benchmarks/results/.
+
+    python benchmarks/tables.py
+
+A table stands between ``<!-- begin: measured NAME -->`` and ``<!-- end -->``; ``TABLES`` says what NAME may be. A test
+compares the pages with the files, so that no page tells an older measurement.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffstill.evaluation.results import Estimate
+from diffstill.report import words
+from diffstill.report.arena import ArenaArm, ArenaResult, Budget, best_fd, fidelity, markdown_table, seconds
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+PAGES = ("README.md", "docs/dash.md", "docs/decisions.md")
+MARKED = re.compile(r"<!-- begin: measured ([\w -]+) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def arena() -> ArenaResult:
+    return ArenaResult.load(RESULTS / "digits-arena")
+
+
+def arena_summary() -> str:
+    """One line an arm at equal steps, and its best distance at equal seconds."""
+    found = arena()
+    assert found.teacher.best is not None
+    assert found.teacher.cost is not None
+
+    def cells(arm: ArenaArm) -> list[str]:
+        fidelities = [
+            arm.mean(fidelity(part, factor)) for part, factor in (("ratio", 1), ("cosine", 1), ("gap_mse", 1000))
+        ]
+        measured = [arm.mean(best_fd), *fidelities]
+        timed = [words.seconds(arm.mean(seconds).value), words.plus_minus(arm.mean(best_fd, "equal_seconds"))]
+        return [arm.label, words.count(arm.parameters), *map(words.plus_minus, measured), *timed]
+
+    best = words.number(found.teacher.best.fd.value)
+    teacher = ["Teacher", words.count(found.teacher.cost.parameters), best, "1", "1", "0", "", best]
+    header = [
+        "arm",
+        "parameters",
+        f"best {found.protocol.extractor.name}",
+        "gap ratio",
+        "gap cosine",
+        "gap MSE \u00d7 1000",
+    ]
+    return table([*header, "training", "best at equal seconds"], [teacher, *map(cells, found.ranked())])
+
+
+def arena_at(budget: Budget) -> Callable[[], str]:
+    return lambda: markdown_table(arena(), budget)
+
+
+def throughput() -> str:
+    """The library's own step and the sampler against the straightforward loop."""
+    report = json.loads((RESULTS / "throughput-cpu.json").read_text(encoding="utf-8"))
+    ladders = {(ladder["work"], ladder["nets"]): ladder for ladder in report["ladders"]}
+    sampled = {times["nets"]: times for times in report["sampling"]}
+
+    def spread(rung: dict[str, Any]) -> str:
+        ratio = rung["ratio"]
+        return f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+    def reuse(nets: str) -> str:
+        return spread(next(r for r in ladders["distil", nets]["rungs"] if r["name"].startswith("teacher reuse")))
+
+    def images(nets: str) -> str:
+        times = sampled[nets]
+        note = f", scaled from {times['measured_images']} images" if times["scaled"] else ""
+        teacher, student = times["teacher_s_per_1000"], times["student_s_per_1000"]
+        return f"{teacher:,.0f} s / {student:,.0f} s ({times['ratio']['median']:.2f}x{note})"
+
+    nets = ("digits", "cifar")
+    header = [f"{name} networks, batch {ladders['distil', name]['batch']}" for name in nets]
+    return table(
+        ["", *header],
+        [
+            ["DASH step, as diffstill runs it", *(spread(ladders["distil", name]["library"]) for name in nets)],
+            ["by hand, with `teacher_reuse: 2`", *map(reuse, nets)],
+            ["teacher training step", *(spread(ladders["train", name]["library"]) for name in nets)],
+            ["1,000 images, 50 guided steps, teacher / student", *map(images, nets)],
+        ],
+    )
+
+
+def variants(file: str, labels: dict[str, str], columns: dict[str, tuple[str, float]]) -> Callable[[], str]:
+    """Rows by variant: means with half a 95% t-interval, the paired difference from the first variant in brackets.
+
+    Args:
+        columns: heading -> (figure of ``variants.py``, factor).
+    """
+
+    def made() -> str:
+        found = json.loads((RESULTS / file).read_text(encoding="utf-8"))["variants"]
+
+        def cell(name: str, figure: str, factor: float) -> str:
+            row = found[name][figure]
+            mean, apart = (_scaled(row[key], factor) for key in ("mean", "difference"))
+            first = name == next(iter(labels))
+            return words.plus_minus(mean) + ("" if first else f" ({words.plus_minus(apart, signed=True)})")
+
+        rows = [[label, *(cell(name, *column) for column in columns.values())] for name, label in labels.items()]
+        return table(["", *columns], rows)
+
+    return made
+
+
+def _scaled(estimate: dict[str, Any], factor: float) -> Estimate:
+    parts = {key: None if estimate[key] is None else factor * estimate[key] for key in ("value", "low", "high")}
+    return Estimate(**parts, level=estimate["level"])
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "arena": arena_summary,
+    "arena at equal steps": arena_at("equal_steps"),
+    "arena at equal seconds": arena_at("equal_seconds"),
+    "throughput": throughput,
+    "demo": variants(
+        "digits-student.json",
+        {"default": "mean of three runs, each with its own teacher"},
+        {
+            "teacher, best FD-digits": ("teacher best fd", 1),
+            "student, best FD-digits": ("student best fd", 1),
+            "student / teacher": ("student / teacher best fd", 1),
+            "gap ratio": ("student ratio", 1),
+            "gap cosine": ("student cosine", 1),
+        },
+    ),
+    "student": variants(
+        "digits-student.json",
+        {"default": "as the recipe says", "reuse2": "`teacher_reuse: 2`", "fp32-teacher": "`teacher_precision: fp32`"},
+        {
+            "teacher, best FD-digits": ("teacher best fd", 1),
+            "student, best FD-digits": ("student best fd", 1),
+            "student / teacher": ("student / teacher best fd", 1),
+            "gap ratio": ("student ratio", 1),
+            "gap cosine": ("student cosine", 1),
+            "gap MSE \u00d7 1000": ("student gap_mse", 1000),
+        },
+    ),
+    "weighting": variants(
+        "digits-weighting.json",
+        {"eps": "`eps`: standard Min-SNR", "flat": "`none`: flat", "x0": "`x0`: as published"},
+        {
+            "FD-digits, s = 1": ("teacher s=1 fd", 1),
+            "s = 1.5": ("teacher s=1.5 fd", 1),
+            "s = 2": ("teacher s=2 fd", 1),
+            "agreement, s = 1": ("teacher s=1 agreement", 1),
+            "s = 2 ": ("teacher s=2 agreement", 1),
+        },
+    ),
+}
+
+
+def with_tables(text: str) -> str:
+    return MARKED.sub(lambda m: f"<!-- begin: measured {m[1]} -->\n{TABLES[m[1]]()}<!-- end -->", text)
+
+
+if __name__ == "__main__":
+    for name in PAGES:
+        page = ROOT / name
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
