@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import has_compiler
 from problem import Problem
 from product import LibraryStep, exact
 from step import Step, Switches
 from timing import Round, Spread, Stopwatch
 
+from diffstill.engine.compiled import has_compiler
 from diffstill.engine.runtime import Runtime, native_bf16
 from diffstill.methods.base import Batch
 

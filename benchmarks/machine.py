@@ -4,24 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from diffstill.engine.compiled import has_compiler
 from diffstill.engine.runtime import native_bf16
 
 BUSY_LOAD = 0.5
 """Load average a core above which other work competes with the measurement."""
-
-
-def has_compiler(device: torch.device) -> bool:
-    """Whether ``torch.compile`` finds what it needs: a C++ compiler for the CPU, Triton for CUDA."""
-    if device.type == "cpu":
-        return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
-    return device.type == "cuda"
 
 
 def cores() -> int:

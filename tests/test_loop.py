@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -358,6 +359,47 @@ def test_a_compiler_that_gives_other_gradients_is_found_out(compiler: Any, wante
     x = torch.linspace(1, 2, 5)
     compiled = torch.compile(lambda x: x * 3, backend=compiler)
     assert compiled_fault(lambda: compiled(x)) == wanted
+
+
+def test_what_auto_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = DASH.runtime
+    assert runtime.compiles(True, 1)
+    assert not runtime.compiles(False, 10**6, frozen=True)
+    assert not runtime.compiles("auto", 10**6), "a CPU gains nothing by compiling what it trains"
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    assert not runtime.compiles("auto", 10**6, frozen=True), "no compiler"
+    monkeypatch.setenv("CXX", sys.executable)
+    assert runtime.compiles("auto", 3000, frozen=True)
+    assert not runtime.compiles("auto", 2999, frozen=True), "too short to earn it back"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        (backend(lambda out: out), None),
+        (backend(lambda out: 1.2 * out), "the teacher runs without torch.compile: its output is off by 20%"),
+        (refuse, "the teacher runs without torch.compile: it failed with BackendCompilerFailed"),
+    ],
+    ids=["right", "off", "fails"],
+)
+def test_a_teacher_is_compiled_only_where_its_outputs_stay(
+    compiler: Any, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    plain = DASH.trainer(tmp_path / "plain", steps=2)
+    plain.run()
+    eager = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network: eager(network, backend=compiler))
+    monkeypatch.setattr(Arm, "_prove_compiled", lambda arm, *_: setattr(arm, "_unproven", False))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    other = DASH.trainer(tmp_path / "other", steps=2, compile=True)
+    other.run()
+    assert other.warnings == ([] if said is None else [said])
+    assert other.teacher is not None
+    assert hasattr(other.teacher.network, "_orig_mod") is (said is None)
+    a, b = losses(tmp_path / "plain"), losses(tmp_path / "other")
+    assert [value for _, value in a] == pytest.approx([value for _, value in b], rel=1e-5)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""torch.compile, kept only where the first gradients equal eager's.
+"""torch.compile, kept only where the first gradients, or a frozen network's first outputs, equal eager's.
 
 Inductor can compile a U-Net's forward right and its backward wrong (torch 2.13 on a CPU: the gradient stops at every
 upsampling, without an error). A loss curve does not show it, so it is tested before the first step is taken.
@@ -6,6 +6,9 @@ upsampling, without an error). A loss curve does not show it, so it is tested be
 
 from __future__ import annotations
 
+import os
+import shutil
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -15,16 +18,27 @@ TOLERANCE = 0.05
 """Allowed relative error of the whole gradient: above what bf16 rounding makes of it, below what a lost path does."""
 
 
-def compiled_fault(gradients: Callable[[], Tensor]) -> str | None:
+def has_compiler(device: torch.device) -> bool:
+    """Whether ``torch.compile`` finds what it needs: a C++ compiler for the CPU, Triton for CUDA."""
+    if device.type == "cpu":
+        return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+    return device.type == "cuda"
+
+
+def compiled_fault(values: Callable[[], Tensor], what: str = "gradient") -> str | None:
     """What is wrong with the compiled form, None where nothing is.
 
     Args:
-        gradients: computes all gradients of one batch as a vector, by way of the compiled network, without randomness.
+        values: computes all gradients (or outputs: ``what``) of one batch as one tensor, by way of the compiled
+            network, without randomness.
     """
     with torch.compiler.set_stance("force_eager"):
-        eager = gradients()
+        eager = values()
     try:
-        error = float((gradients() - eager).norm() / eager.norm().clamp(min=1e-12))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")  # in diffusers
+            compiled = values()
+        error = float((compiled - eager).norm() / eager.norm().clamp(min=1e-12))
     except Exception as failure:  # the compiler raises whatever its many parts raise
         return f"it failed with {type(failure).__name__}"
-    return None if error <= TOLERANCE else f"its gradient is off by {error:.0%}"
+    return None if error <= TOLERANCE else f"its {what} is off by {error:.0%}"

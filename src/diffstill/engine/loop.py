@@ -15,8 +15,10 @@ from ..data.batches import stream_seed
 from ..errors import Interrupted, RunFailed
 from ..evaluation.guidance_fidelity import COLLAPSE
 from ..methods.base import Batch, TeacherOutputs
+from ..models.adapters import unwrap
 from ..models.denoiser import Denoiser
 from .arm import Arm, union_of_needs
+from .compiled import compiled_fault
 from .log import RunLog
 from .runtime import Runtime, StopRequest
 from .settings import TrainSettings
@@ -78,17 +80,36 @@ class Trainer:
         self.warnings: list[str] = []
         self._cache: dict[int, list[tuple[Batch, TeacherOutputs | None]]] = {}
         stream.channels_last(runtime.channels_last(settings.channels_last))
+        self._teacher_unproven = False
         self.teacher = None if teacher is None else self._training_view(teacher)
 
     def _training_view(self, teacher: Denoiser) -> Denoiser:
         """The frozen teacher in training precision, compiled where that is on; the one given stays as it is."""
         self.runtime.place(teacher.freeze().network, self.runtime.channels_last(self.settings.channels_last))
         view = teacher.with_network(teacher.network)
-        compiles = self.runtime.compiles(self.settings.compile, self.settings.steps)
-        if compiles and "features" not in union_of_needs(self.arms):
+        compiles = self.runtime.compiles(self.settings.compile, self.settings.steps, frozen=True)
+        wants = union_of_needs(self.arms)
+        if compiles and wants & {"cond", "null"} and "features" not in wants:
             view = teacher.with_network(torch.compile(teacher.network))  # type: ignore[arg-type]
+            self._teacher_unproven = True
         view.autocast_dtype = self.runtime.dtype(self.settings.teacher_precision, frozen=True)
         return view
+
+    def _prove_teacher(self, view: Denoiser) -> Denoiser:
+        """Goes back to the eager teacher where the compiled one has other outputs."""
+        self._teacher_unproven = False
+        wants = union_of_needs(self.arms)
+        first = micro_batches(self.stream.batch(self.images_seen), self.settings.micro_batch)[0]
+
+        def outputs() -> torch.Tensor:
+            taught = TeacherOutputs(view, first, wants)
+            return torch.stack([getattr(taught, branch) for branch in ("cond", "null") if branch in wants])
+
+        fault = compiled_fault(outputs, "output")
+        if not self.runtime.any(fault is not None):
+            return view
+        self.warnings.append(f"the teacher runs without torch.compile: {fault or 'it failed elsewhere'}")
+        return view.with_network(unwrap(view.network))
 
     def run(self) -> None:
         """The whole training.
@@ -146,6 +167,8 @@ class Trainer:
         if not active:
             self.images_seen = self.total
             return
+        if self._teacher_unproven and self.teacher is not None:
+            self.teacher = self._prove_teacher(self.teacher)
         parts = self._parts(active)
         total = sum(part.size for part, _ in parts)
         for number, (part, teacher) in enumerate(parts):

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from .compiled import has_compiler
 from .settings import Precision
 
 COMPILE_STEPS = 3000
@@ -83,9 +84,11 @@ class Runtime:
         """Whether to use that memory layout; ``auto`` means on CUDA (CPUs with bf16 autocast lose by it)."""
         return asked is True or (asked == "auto" and self.device.type == "cuda")
 
-    def compiles(self, asked: bool | str, steps: int) -> bool:
-        """Whether to use torch.compile; ``auto`` means on CUDA, in runs long enough to earn the warm-up back."""
-        return asked is True or (asked == "auto" and self.device.type == "cuda" and steps >= COMPILE_STEPS)
+    def compiles(self, asked: bool | str, steps: int, *, frozen: bool = False) -> bool:
+        """Whether to use torch.compile; ``auto`` means in runs long enough to earn the warm-up back: on CUDA, and for
+        frozen networks on a CPU too, where there is a C++ compiler (docs/decisions.md)."""
+        gains = self.device.type == "cuda" or (frozen and self.device.type == "cpu" and has_compiler(self.device))
+        return asked is True or (asked == "auto" and gains and steps >= COMPILE_STEPS)
 
     def place(self, network: nn.Module, channels_last: bool) -> nn.Module:
         """On the device, in the memory format that convolutions like."""

@@ -36,7 +36,9 @@ class TrainSettings(BaseModel):
     teacher_reuse: int = Field(
         1, ge=1, description="student updates that each computed teacher output serves (docs/decisions.md: its price)"
     )
-    compile: Literal["auto", True, False] = Field("auto", description="torch.compile; auto: on CUDA")
+    compile: Literal["auto", True, False] = Field(
+        "auto", description="torch.compile; auto: long runs, on CUDA; on a CPU the teacher alone"
+    )
     channels_last: Literal["auto", True, False] = Field("auto", description="memory layout; auto: on CUDA")
     log_every: int = Field(50, gt=0, description="steps between log records")
     checkpoint_every: int | None = Field(None, gt=0, description="images between checkpoints; null: by minutes alone")
