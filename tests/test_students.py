@@ -266,7 +266,7 @@ def test_attention_heads_are_kept_whole() -> None:
         (
             {"block_out_channels": (16, 40)},
             "student.block_out_channels: (16, 40) is not usable; "
-            "to inherit, stay within the teacher's [16, 32], the first one even",
+            "it is wider than the teacher's [16, 32]: to inherit, stay within them, or use student.init=fresh",
         ),
         (
             {"block_out_channels": (16, 32, 32)},

@@ -101,8 +101,11 @@ def _check(big: Any, small: Any) -> None:
     widths, limits = new.block_out_channels, old.block_out_channels
     if len(widths) != len(limits):
         raise refuse("block_out_channels", f"to inherit, give {len(limits)} levels as the teacher's {list(limits)}")
-    if any(c > C for c, C in zip(widths, limits, strict=True)) or widths[0] % 2:
-        raise refuse("block_out_channels", f"to inherit, stay within the teacher's {list(limits)}, the first one even")
+    if any(c > C for c, C in zip(widths, limits, strict=True)):
+        mend = f"it is wider than the teacher's {list(limits)}: to inherit, stay within them, or use student.init=fresh"
+        raise refuse("block_out_channels", mend)
+    if widths[0] % 2:
+        raise refuse("block_out_channels", "to inherit, give an even first width")
     if new.layers_per_block > old.layers_per_block:
         raise refuse("layers_per_block", f"to inherit, stay within the teacher's {old.layers_per_block}")
     for name in ("down_block_types", "up_block_types"):
