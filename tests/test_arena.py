@@ -105,12 +105,12 @@ def test_the_best_guidance_is_chosen_by_the_other_seeds(arena: ArenaResult) -> N
     seeds = [seed(*item) for item in sweeps.items()]
     settings = [point.guidance for point in seeds[0].evaluation.sweep]
     arm = ArenaArm(
-        name="a", method="a", label="a", parameters=1, seeds=[*seeds, seed(0, [3.0, 2.0, 4.0], "equal_seconds")]
+        name="a", method="a", label="a", parameters=1, seeds=[*seeds, seed(0, [2.0, 3.0, 4.0], "equal_seconds")]
     )
     # Means of the other two: (7.5, 4, 6), (4, 5.5, 6), (4.5, 3.5, 9).
     assert [s.chosen for s in arm.at("equal_steps")] == [settings[1], settings[0], settings[1]]
     assert arm.mean(best_fd).value == pytest.approx((5.0 + 8.0 + 6.0) / 3)
-    assert arm.at("equal_seconds")[0].chosen == settings[1], "alone, a seed chooses for itself"
+    assert arm.at("equal_seconds")[0].chosen == settings[0], "alone, a seed chooses for itself"
     assert arm.mean(best_fd, "equal_seconds").value == 2.0
     gone = ArenaArm(name="a", method="a", label="a", parameters=1, seeds=[*seeds[:2], seed(2, [float("nan")] * 3)])
     assert gone.at("equal_steps")[0].chosen in settings[3:], "a guidance that failed in another seed is not chosen"
@@ -154,6 +154,18 @@ def test_markdown_table(arena: ArenaResult) -> None:
     assert distances == sorted(distances)
     assert body[1][6] == "\u2013", "no difference to itself"
     assert body[2][6].startswith("+")
+
+
+def test_the_table_of_a_budget_is_of_that_budget(arena: ArenaResult) -> None:
+    def both(name: str, steps: float, seconds: float) -> ArenaArm:
+        seeds = [*_arm(name, {0: steps}).seeds, *_arm(name, {0: seconds}, "equal_seconds").seeds]
+        return ArenaArm(name=name, method=name, label=name, parameters=10, seeds=seeds)
+
+    world = _world(arena, both("dash", 10.0, 12.0), both("other", 40.0, 15.0))
+    for budget, best, difference in (("equal_steps", 40.0, 30.0), ("equal_seconds", 15.0, 3.0)):
+        other = room.rows(world, budget)[1][2]  # type: ignore[arg-type]
+        assert other[2] == "1 \u00d7 5"
+        assert (float(other[4]), float(other[6])) == (best, difference)
 
 
 def test_page(arena: ArenaResult, folder: Path) -> None:

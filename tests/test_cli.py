@@ -9,11 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import TINY
 
 from diffstill.cli import main
+from diffstill.diffusion.guidance import Constant
+from diffstill.errors import InputError
+from diffstill.evaluation.sampling import sample_images
 from diffstill.jobs.arena import images_for_equal_seconds
+from diffstill.jobs.folder import RunFolder
+from diffstill.models.folder import load_model
+from diffstill.report.pictures import grid, save_png
 from diffstill.report.receipt import Receipt
 
 
@@ -57,6 +64,29 @@ def test_fresh_never_empties_a_folder_that_is_no_run(tmp_path: Path, capsys: pyt
     assert "holds files that are no run" in capsys.readouterr().err
 
 
+def test_fresh_empties_a_run_and_other_inputs_are_refused(tmp_path: Path) -> None:
+    RunFolder(tmp_path, {"seed": 1}, {"data": "a"}).claim()
+    (tmp_path / "log.jsonl").write_text("old")
+    with pytest.raises(InputError, match=r"other data or another teacher \(data: a -> b\)"):
+        RunFolder(tmp_path, {"seed": 1}, {"data": "b"})
+    RunFolder(tmp_path, {"seed": 1}, {"data": "b"}, fresh=True).claim()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["inputs.json", "recipe.yaml"]
+    assert json.loads((tmp_path / "inputs.json").read_text()) == {"data": "b"}
+
+
+def test_sample_draws_what_was_asked(tiny_run: Path, tmp_path: Path) -> None:
+    asked = ["--labels", "7,2", "--guidance", "3", "--steps", "5", "--seed", "4", "--quiet"]
+    assert main(["sample", str(tiny_run / "model"), *asked, "--out", str(tmp_path / "x")]) == 0
+    wanted = sample_images(
+        load_model(tiny_run / "model").denoiser, 2, guidance=Constant(3.0), steps=5, seed=4, labels=torch.tensor([7, 2])
+    )
+    for number, (file, image) in enumerate(zip(sorted((tmp_path / "x").iterdir()), wanted, strict=True)):
+        assert file.name == ("000000-7.png", "000001-2.png")[number]
+        save_png(grid(image[None], 1, factor=1), tmp_path / "wanted.png")
+        a, b = (np.asarray(Image.open(path)).astype(int) for path in (file, tmp_path / "wanted.png"))
+        assert np.abs(a - b).max() <= 1
+
+
 def test_sample_is_the_same_for_any_batch_size(tiny_run: Path, tmp_path: Path) -> None:
     for name, batch in (("a", "3"), ("b", "64")):
         arguments = ["--labels", "0,1,2", "-n", "7", "--steps", "5", "--seed", "4", "--quiet", "--batch-size", batch]
@@ -80,6 +110,10 @@ def test_eval_uses_the_models_own_protocol_and_takes_overrides(
     assert printed["models"]["student"]["sweep"][0]["guidance"] == "1.5"
     assert printed["models"]["student"]["fidelity"]["overall"]["pairs"] == 60
     assert (tmp_path / "e" / "report.html").exists()
+    assert main(["eval", str(tiny_run / "model"), "sampels=30", "--quiet", "--out", str(tmp_path / "f")]) == 2
+    assert "did you mean samples?" in capsys.readouterr().err
+    assert main(["eval", str(tiny_run / "model"), "samples=30", "--quiet", "--out", str(tiny_run)]) == 2
+    assert "whose receipt would be lost" in capsys.readouterr().err
 
 
 def test_report_again_and_comparison(tiny_run: Path, tmp_path: Path) -> None:
@@ -89,16 +123,23 @@ def test_report_again_and_comparison(tiny_run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "two.html").read_text().startswith("<!doctype html>")
 
 
-def test_arena_pairs_the_arms(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_arena_pairs_the_arms(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def longer(seconds: dict[str, float], *_: object) -> dict[str, int]:
+        return {"conditional": 320} if "dash" in seconds else {}
+
+    monkeypatch.setattr("diffstill.jobs.arena.images_for_equal_seconds", longer)
     command = ["arena", "digits-dash", *TINY, "--methods", "dash,conditional", "--seeds", "2", "--quiet"]
     assert main([*command, "--out", str(tmp_path / "a"), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [arm["name"] for arm in result["arms"]] == ["dash", "conditional"]
     for arm in result["arms"]:
-        steps = [seed for seed in arm["seeds"] if seed["budget"] == "equal_steps"]
-        assert [seed["seed"] for seed in steps] == [0, 1]
-        for seed in arm["seeds"]:
-            assert seed["images_seen"] >= steps[0]["images_seen"], "at equal seconds a cheaper arm sees more"
+        more = 320 if arm["name"] == "conditional" else 256
+        ran = [(seed["seed"], seed["budget"], seed["images_seen"]) for seed in arm["seeds"]]
+        assert ran == [(k, *of) for k in (0, 1) for of in (("equal_steps", 256), ("equal_seconds", more))]
+        different = {seed["evaluation"]["sha256"] for seed in arm["seeds"]}
+        assert len(different) == (4 if arm["name"] == "conditional" else 2), "dash alone is not trained again"
     assert (tmp_path / "a" / "report.html").exists()
     # The conditional arm alone trains to the very same student as beside dash: arms do not disturb each other.
     single = ["arena", "digits-dash", *TINY, "--methods", "conditional", "--seeds", "1", "--quiet", "--json"]

@@ -128,6 +128,15 @@ def test_every_field_of_an_evaluation_is_filled(evaluator: Evaluator) -> None:
     assert ModelEvaluation.model_validate_json(found.model_dump_json()) == found
 
 
+def test_a_model_can_be_measured_at_steps_of_its_own(evaluator: Evaluator) -> None:
+    own, usual = evaluator.evaluate(tiny_unet(), "m", steps=3), evaluator.evaluate(tiny_unet(), "m", cost=False)
+    assert (own.steps, usual.steps) == (3, 5)
+    assert [point.nfe for point in own.sweep] == [3, 6, 6]
+    assert own.cost is not None
+    assert own.cost.nfe == 6
+    assert own.sweep[0].fd.value != usual.sweep[0].fd.value, "sampled at those steps, not only counted"
+
+
 def test_the_protocol_says_all_that_must_be_equal(evaluator: Evaluator, extractor: ClassifierExtractor) -> None:
     protocol = evaluator.protocol
     assert protocol.extractor == extractor.info

@@ -24,10 +24,12 @@ from diffstill.diffusion.schedule import NoiseSchedule, spaced_indices
 from diffstill.diffusion.steps import ddim_step, one_step_target
 from diffstill.errors import InputError
 from diffstill.evaluation.sampling import sample_images
+from diffstill.jobs.build import Teacher, respaced
 from diffstill.methods import METHODS, Curriculum, Setting, TeacherOutputs
 from diffstill.methods.sfddm import Sfddm, SfddmOptions, trajectory_target
 from diffstill.models.denoiser import Denoiser
 from diffstill.models.folder import load_model
+from diffstill.recipe import RespaceSpec
 from diffstill.report.receipt import Receipt
 
 T = 1024
@@ -303,12 +305,13 @@ def test_on_fewer_teacher_steps_the_trajectory_lies_between() -> None:
 
 def test_one_jump_has_the_known_gain_and_slope() -> None:
     model = analytic_denoiser(WORLD, SIGMOID, "sample").respaced([896, 960])
-    x = torch.tensor([0.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1)
+    far = 100.0  # its clean image lies far outside [-1, 1]: nothing may be clipped
+    x = torch.tensor([0.0, far], dtype=torch.float64).view(2, 1, 1, 1)
     t, labels = torch.ones(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     low, high = trajectory_target(model, x, t, labels).flatten().tolist()
-    assert high - low == pytest.approx(0.048059, abs=2e-6)
+    assert (high - low) / far == pytest.approx(0.048059, abs=2e-6)
     low, high = model(x, t, labels).flatten().tolist()
-    assert high - low == pytest.approx(0.037546, abs=2e-6)
+    assert (high - low) / far == pytest.approx(0.037546, abs=2e-6)
 
 
 # ------------------------------------------------------------------------------------------------------- the method
@@ -407,6 +410,25 @@ def test_the_trajectory_loss_is_against_the_trajectory() -> None:
     torch.testing.assert_close(found.parts["null"], (student_null - null).abs().mean(), rtol=1e-4, atol=1e-5)
 
 
+def test_arms_of_other_trajectories_do_not_share_them() -> None:
+    ways = ((1, 1.0), (3, 1.0), (3, 0.0))
+    methods = [
+        make(setting(), target="trajectory", trajectory_steps=steps, null_weight=null, feature_weight=0)
+        for steps, null in ways
+    ]
+    batch = batch_of(methods[0])
+    shared = TeacherOutputs(methods[0].teacher, batch, frozenset({"model"}))
+    for method in methods:
+        torch.testing.assert_close(method.loss(batch, shared).total, loss_of(method, batch).total)
+
+
+def test_without_a_null_weight_the_null_branch_is_neither_asked_nor_trained() -> None:
+    method = make(setting(), null_weight=0)
+    assert method.teacher_needs == {"cond", "features"}
+    assert (method.student_passes, method.trains_null) == (1, False)
+    assert set(loss_of(method, batch_of(method)).parts) == {"output", "feature"}
+
+
 @pytest.mark.parametrize("options", [{}, {"target": "trajectory", "trajectory_steps": 2}])
 def test_gradients_reach_the_student_and_its_projector_alone(options: dict[str, Any]) -> None:
     method = make(setting((8, 16)), **options)
@@ -439,6 +461,10 @@ def test_a_curriculum_follows_the_chosen_steps() -> None:
     expected = whole.weights()[INDICES]
     torch.testing.assert_close(fewer.weights(), expected / expected.mean(), rtol=1e-5, atol=1e-6)
     assert not fewer.logits.requires_grad
+    teacher = Teacher(tiny_denoiser((8, 8), 0), whole, None, None)
+    seen = respaced(teacher, RespaceSpec(timesteps=tuple(INDICES))).curriculum
+    assert seen is not None
+    torch.testing.assert_close(seen.weights(), fewer.weights())
 
 
 # --------------------------------------------------------------------------------------------- from recipe to folder

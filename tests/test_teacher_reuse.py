@@ -43,6 +43,7 @@ def test_windows_come_round_r_times_and_cover_the_stream(tmp_path: Path) -> None
     shown = [made._shown(4 * step)[0] // 4 for step in range(2 * 3 * REUSE_WINDOW)]
     window = list(range(REUSE_WINDOW))
     assert shown == window * 3 + [REUSE_WINDOW + k for k in window] * 3
+    assert made._shown(4 * 4 * REUSE_WINDOW)[1] == range(4 * REUSE_WINDOW, 4 * 2 * REUSE_WINDOW), "all of them are kept"
     plain = trainer(tmp_path, reuse=1)
     assert [plain._shown(4 * step)[0] // 4 for step in range(20)] == list(range(20))
 
@@ -58,3 +59,13 @@ def test_resume_inside_a_window_is_exact(tmp_path: Path) -> None:
     a, b = whole.arms[0].tensors(), again.arms[0].tensors()
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_the_teacher_is_asked_once_a_batch_and_old_windows_are_forgotten(tmp_path: Path) -> None:
+    made = trainer(tmp_path, reuse=3, steps=2 * 3 * REUSE_WINDOW)
+    asked: list[int] = []
+    assert made.teacher is not None
+    made.teacher.network.register_forward_pre_hook(lambda module, args: asked.append(made.images_seen // 4))
+    made.run()
+    assert asked == [*range(REUSE_WINDOW), *range(3 * REUSE_WINDOW, 4 * REUSE_WINDOW)]
+    assert sorted(made._cache) == [4 * step for step in range(REUSE_WINDOW, 2 * REUSE_WINDOW)]
