@@ -111,7 +111,7 @@ def test_wrong_commands_would_be_seen(tmp_path: Path) -> None:
     found = commands(page)
     assert len(found) == 2
     for line in found:
-        with pytest.raises(InputError, match="^command"):
+        with pytest.raises(InputError, match=r"^command"):
             parse(diffstill_arguments(line))
 
 
