@@ -84,8 +84,8 @@ def throughput() -> str:
         teacher, student = times["teacher_s_per_1000"], times["student_s_per_1000"]
         return f"{teacher:,.0f} s / {student:,.0f} s ({times['ratio']['median']:.2f}x{note})"
 
-    nets = ("digits", "cifar")
-    header = [f"{name} networks, batch {ladders['distil', name]['batch']}" for name in nets]
+    nets = {"digits": "digits networks", "cifar": "published CIFAR networks"}
+    header = [f"{label}, batch {ladders['distil', name]['batch']}" for name, label in nets.items()]
     return table(
         ["", *header],
         [
