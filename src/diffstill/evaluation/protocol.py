@@ -91,10 +91,7 @@ class Evaluator:
         self.settings = settings or EvalSettings()
         if len(data.train) < 2 * (self.settings.neighbours + 1):
             raise InputError("data", f"{data.name} with {len(data.train)} training images", "use more images")
-        features = self._features(data.train.images)
-        self._reference = FeatureStats.of(features)
-        order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-        self._points = features[order[: self.settings.neighbour_points]]
+        self._reference, self._points = self._read_reference(data.train.images)
         self._manifold = Manifold(self._points, self.settings.neighbours)
         self._kernel_distance = KernelDistance(self._points)
         self._test: FeatureStats | None = None
@@ -231,6 +228,23 @@ class Evaluator:
     @property
     def _held_out(self) -> ImageData:
         return self.data.test if len(self.data.test) else self.data.val
+
+    def _read_reference(self, images: Tensor) -> tuple[FeatureStats, Tensor]:
+        """Statistics of all images' features and a fixed random choice of the features themselves.
+
+        Streamed: no process holds more features than a batch and the choice.
+        """
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        chosen = order[: self.settings.neighbour_points].sort().values
+        mine, size = share(len(images)), self.settings.batch_size
+        stats = FeatureStats(self.extractor.info.dim)
+        kept = [torch.empty(0, self.extractor.info.dim)]
+        for start in range(mine.start, mine.stop, size):
+            stop = min(start + size, mine.stop)
+            rows = extract(self.extractor, images[start:stop], size)
+            stats.update(rows)
+            kept.append(rows[chosen[(chosen >= start) & (chosen < stop)] - start])
+        return stats.all_reduce(), gather_rows(torch.cat(kept))
 
     def _features(self, images: Tensor) -> Tensor:
         mine = share(len(images))
