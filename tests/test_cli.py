@@ -168,6 +168,8 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert main(["distill", "digits-dash", "--dry-run", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "parameters" in printed
+    for training in ("digits-teacher", "digits-dash", "conditional-only"):
+        assert f"  {training}:" in printed, "everything that is trained is forecast"
     assert "s per 1,000 images" in printed
     assert not out.exists()
 

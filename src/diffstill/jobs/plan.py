@@ -80,7 +80,7 @@ def plan(recipe: TrainRecipe | DistillRecipe, runtime: Runtime, arms: Mapping[st
     if arms is None:
         _, method = prepare_student(recipe, data, teacher)
         forecasts[recipe.name] = (_forecast(method, teacher.denoiser, settings, runtime), settings.images)
-    for name, spec in (arms or {}).items():
+    for name, spec in (recipe.beside if arms is None else arms).items():
         method = build_arm(recipe, spec, teacher, recipe.seed)
         forecasts[name] = (_forecast(method, teacher.denoiser, settings, runtime), settings.images)
     return Plan(recipe, forecasts)
