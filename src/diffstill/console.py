@@ -57,21 +57,24 @@ class PlainUi:
 
     @contextmanager
     def bar(self, title: str, total: float) -> Iterator[Bar]:
-        began = told = time.monotonic()
+        began = time.monotonic()
         say = self.say
 
         class Told:
-            first: float | None = None
+            before: tuple[float, float] | None = None
+            """Time and progress at the line before: the rate since then tells what is left, as a bar does."""
 
             def update(self, done: float, note: str = "") -> None:
-                nonlocal told
                 now = time.monotonic()
-                self.first = done if self.first is None else self.first
-                if now - told >= PLAIN_EVERY and done < total:
-                    told = now
-                    fresh = max(done - self.first, 1e-9)
-                    left = (total - done) * (now - began) / fresh if done > self.first else float("nan")
-                    say(f"{title}: {100 * done / total:.0f}%, about {left:.0f} s left  {note}".rstrip())
+                if self.before is None:
+                    self.before = began, done
+                since, then = self.before
+                if now - since >= PLAIN_EVERY and done < total:
+                    self.before = now, done
+                    hope = f"no progress in {now - since:.0f} s"
+                    if done > then:
+                        hope = f"about {(total - done) * (now - since) / (done - then):.0f} s left"
+                    say(f"{title}: {100 * done / total:.0f}%, {hope}  {note}".rstrip())
 
         say(f"{title} ...")
         yield Told()
