@@ -10,10 +10,11 @@ from diffstill import console
 def test_what_is_left_follows_the_recent_rate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    now = 0.0
-    monkeypatch.setattr(console.time, "monotonic", lambda: now)
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     with console.PlainUi().bar("train", 100) as bar:
-        for now, done in ((0.0, 0.0), (20.0, 40.0), (30.0, 41.0), (40.0, 50.0), (60.0, 50.0), (80.0, 100.0)):
+        for at, done in ((0.0, 0.0), (20.0, 40.0), (30.0, 41.0), (40.0, 50.0), (60.0, 50.0), (80.0, 100.0)):
+            clock[0] = at
             bar.update(done)
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
