@@ -124,6 +124,13 @@ def _scaled(estimate: dict[str, Any], factor: float) -> Estimate:
     return Estimate(**parts, level=estimate["level"])
 
 
+STUDENT: dict[str, tuple[str, float]] = {
+    "teacher, best FD-digits": ("teacher best fd", 1),
+    "student, best FD-digits": ("student best fd", 1),
+    "student / teacher": ("student / teacher best fd", 1),
+    "gap ratio": ("student ratio", 1),
+    "gap cosine": ("student cosine", 1),
+}
 TABLES: dict[str, Callable[[], str]] = {
     "arena": arena_summary,
     "arena at equal steps": arena_at("equal_steps"),
@@ -132,23 +139,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": variants(
         "digits-student.json",
         {"default": "mean of three runs, each with its own teacher"},
-        {
-            "teacher, best FD-digits": ("teacher best fd", 1),
-            "student, best FD-digits": ("student best fd", 1),
-            "student / teacher": ("student / teacher best fd", 1),
-            "gap ratio": ("student ratio", 1),
-            "gap cosine": ("student cosine", 1),
-        },
+        STUDENT,
     ),
     "student": variants(
         "digits-student.json",
         {"default": "as the recipe says", "reuse2": "`teacher_reuse: 2`", "fp32-teacher": "`teacher_precision: fp32`"},
         {
-            "teacher, best FD-digits": ("teacher best fd", 1),
-            "student, best FD-digits": ("student best fd", 1),
-            "student / teacher": ("student / teacher best fd", 1),
-            "gap ratio": ("student ratio", 1),
-            "gap cosine": ("student cosine", 1),
+            **STUDENT,
             "gap MSE \u00d7 1000": ("student gap_mse", 1000),
         },
     ),

@@ -156,13 +156,6 @@ def test_equal_seconds_gives_cheap_arms_more_images_and_dear_ones_none() -> None
     assert images_for_equal_seconds(seconds, images, "failed", 64) == {}, "a reference that diverged sets no budget"
 
 
-def test_no_command_shows_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([]) == 2
-    shown = capsys.readouterr()
-    assert "distil a student from a teacher" in shown.err
-    assert shown.out == ""
-
-
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "never"
     assert main(["distill", "digits-dash", "--dry-run", "--out", str(out)]) == 0
@@ -216,6 +209,9 @@ BAD = [
     (["list", "dreams"], "dreams"),
     (["check", "alchemy"], "alchemy"),
     (["frobnicate"], "frobnicate"),
+    (["distill", "digits-dash", "student.norm_num_groups=true"], "norm_num_groups: True is not usable"),
+    (["train", "digits-teacher", "network.block_out_channels=[16, true]"], "block_out_channels"),
+    ([], "command: None is missing; use one of demo, train, distill"),
     (["distil", "digits-dash"], "command: 'distil' is unknown (did you mean distill?); use one of demo, train"),
     (["train", "digits-teacher", "--device", "abacus"], "abacus"),
 ]

@@ -128,7 +128,7 @@ def test_mutated_recipes(text: str) -> None:
 
 
 @FEW
-@given(st.lists(WORDS, min_size=1, max_size=6))
+@given(st.lists(WORDS, max_size=6))
 def test_mutated_command_lines(words: list[str]) -> None:
     check_command(words)
 
@@ -142,6 +142,6 @@ def test_150_mutated_recipes(text: str) -> None:
 
 @pytest.mark.slow
 @MANY
-@given(st.lists(WORDS, min_size=1, max_size=8))
+@given(st.lists(WORDS, max_size=8))
 def test_150_mutated_command_lines(words: list[str]) -> None:
     check_command(words)

@@ -23,20 +23,20 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         wrong = re.fullmatch(r"argument COMMAND: invalid choice: '(.*?)'.*", message, re.DOTALL)
+        known = [name for action in self._actions for name in action.choices or ()]
+        mend = f"use one of {', '.join(known)}, or --help"
         if wrong:
-            known = [name for action in self._actions for name in action.choices or ()]
             near = get_close_matches(wrong[1], known, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise InputError("command", wrong[1], f"use one of {', '.join(known)}", problem=f"is unknown{hint}")
+            raise InputError("command", wrong[1], mend, problem=f"is unknown{hint}")
+        if message.endswith("required: COMMAND"):
+            raise InputError("command", None, mend, problem="is missing")
         raise InputError("command line", message, f"see {self.prog} --help", problem="was not understood")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
     try:
-        if not (sys.argv[1:] if argv is None else argv):
-            build_parser().print_help(sys.stderr)
-            return 2
         arguments = parse(argv)
         _quieten()
         return int(arguments.run(arguments) or 0)

@@ -53,6 +53,10 @@ class NetworkSpec(BaseModel):
         for key in self.model_extra or {}:
             if key not in known:
                 raise ValueError(f"unknown key {key!r}{nearest(key, known)}; {self.family} knows {', '.join(known)}")
+        for key, value in (self.model_extra or {}).items():
+            # Python takes true for 1, and a network of one group fails far from here.
+            if any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value])):
+                raise ValueError(f"{key}: {value} is not usable; give a number")
         return self
 
     @property
