@@ -206,8 +206,7 @@ class Trained:
         with torch.no_grad():
             mine, truth = (
                 ddim_sample(
-                    lambda x, t, d=d: d(x, t, labels),  # type: ignore[misc]
-                    lambda x, t, d=d: d.branches(x, t, labels),  # type: ignore[misc]
+                    lambda x, t, s, d=d: d.guided(x, t, labels, s),  # type: ignore[misc]
                     noise,
                     SCHEDULE,
                     Constant(scale),

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hypothesis.extra import numpy as hnp
 from pictures import WHOLE, load, nhwc, noise, refused, write_strips
 from PIL import Image
 
+from diffstill.data.sources.parts import in_threads
 from diffstill.data.sources.splits import stratified_split, stratified_subset
 
 # --- npz
@@ -365,3 +367,11 @@ def test_cifar10_as_published() -> None:
     assert data.test.labels[:10].tolist() == [3, 8, 8, 0, 6, 6, 1, 6, 3, 1]
     mean = data.test.images.double().mean((0, 2, 3)) / 255
     assert torch.allclose(mean, torch.tensor([0.4942, 0.4851, 0.4504], dtype=torch.float64), atol=1e-4)
+
+
+def test_an_iterator_given_up_halfway_leaves_no_thread() -> None:
+    before = set(threading.enumerate())
+    results = in_threads(lambda k: k * k, range(1000))
+    assert [next(results) for _ in range(3)] == [0, 1, 4]
+    assert set(threading.enumerate()) == before
+    assert list(results) == [k * k for k in range(3, 1000)]

@@ -84,8 +84,7 @@ def own_samples(model: Denoiser, run: str) -> Tensor:
     labels = torch.tensor(LABELS)
     with torch.no_grad():
         return ddim_sample(
-            lambda x, t: model(x, t, labels),
-            lambda x, t: model.branches(x, t, labels),
+            lambda x, t, s: model.guided(x, t, labels, s),
             noise,
             model.schedule,
             parse_guidance(GUIDANCE.get(run, "2")),
@@ -290,8 +289,7 @@ def flow_end() -> Tensor:
     model, labels = MODELS["colour"](), torch.tensor([0, 2])
     with torch.no_grad():
         return ddim_sample(
-            lambda x, t: model(x, t, labels),
-            lambda x, t: model.branches(x, t, labels),
+            lambda x, t, s: model.guided(x, t, labels, s),
             image_noise((3, 8, 8), 5, 0, 2),
             model.schedule,
             parse_guidance(1.5),

@@ -25,7 +25,10 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 def sample(
     cond: Predict, null: Predict, noise: Tensor, schedule: NoiseSchedule, guidance: GuidanceSchedule, **options: object
 ) -> Tensor:
-    return ddim_sample(cond, lambda x, t: (cond(x, t), null(x, t)), noise, schedule, guidance, **options)  # type: ignore[arg-type]
+    def predict(x: Tensor, t: Tensor, scale: float) -> Tensor:
+        return guide(cond(x, t), null(x, t), scale)
+
+    return ddim_sample(predict, noise, schedule, guidance, **options)  # type: ignore[arg-type]
 
 
 def test_timesteps_lead() -> None:
@@ -57,8 +60,7 @@ def both_samplers(
     x = torch.randn(12, *world.sample_shape, generator=generator(0), dtype=dtype)
     labels = torch.arange(12) % world.num_classes
     ours = ddim_sample(
-        lambda x, t: denoiser(x, t, labels),
-        lambda x, t: denoiser.branches(x, t, labels),
+        lambda x, t, s: denoiser.guided(x, t, labels, s),
         x,
         COSINE,
         guidance,
@@ -130,20 +132,18 @@ def test_an_oracle_epsilon_recovers_its_x0(clip: ClipMode, steps: int) -> None:
 
 
 def test_the_null_pass_is_skipped_exactly_where_the_scale_is_1() -> None:
-    world = GaussianMixtureWorld.ring()
+    denoiser = analytic_denoiser(GaussianMixtureWorld.ring(), COSINE)
     labels = torch.tensor([0, 1])
-    calls: list[tuple[str, int]] = []
+    calls: list[tuple[int, int]] = []
 
-    def cond(x: Tensor, t: Tensor) -> Tensor:
-        calls.append(("cond", int(t[0])))
-        return world.epsilon(x, t, COSINE, labels)
+    def count(network: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        calls.append((len(inputs[0]), int(inputs[1][0])))
 
-    def branches(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        calls.append(("both", int(t[0])))
-        return world.epsilon(x, t, COSINE, labels), world.epsilon(x, t, COSINE)
-
-    ddim_sample(cond, branches, torch.randn(2, 2, 1, 1), COSINE, Interval(3.0, 0.2, 0.8), steps=10)
-    assert calls == [("both" if 200 <= t < 800 else "cond", t) for t in range(900, -1, -100)]
+    denoiser.network.register_forward_pre_hook(count)
+    noise = torch.randn(2, *denoiser.sample_shape, generator=generator(0))
+    scales = Interval(3.0, 0.2, 0.8)
+    ddim_sample(lambda x, t, s: denoiser.guided(x, t, labels, s), noise, COSINE, scales, steps=10)
+    assert calls == [(4 if 200 <= t < 800 else 2, t) for t in range(900, -1, -100)]
 
 
 def single(m: float = 0.3, d: float = 0.5) -> GaussianMixtureWorld:

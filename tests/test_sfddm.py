@@ -59,8 +59,7 @@ def ddim_law(model: Denoiser) -> tuple[float, float]:
     labels = torch.zeros(2, dtype=torch.int64)
     return law(
         lambda z: ddim_sample(
-            lambda x, t: model(x, t, labels),
-            lambda x, t: model.branches(x, t, labels),
+            lambda x, t, s: model.guided(x, t, labels, s),
             z,
             model.schedule,
             Constant(1.0),
@@ -220,7 +219,7 @@ def test_stock_ddim_takes_the_same_way(indices: list[int], clip: bool) -> None:
             out = model(x, t.expand(3), labels)
             x = stock.step(out, t, x, eta=0.0, use_clipped_model_output=clip).prev_sample
         ours = ddim_sample(
-            lambda x, t: model(x, t, labels), lambda x, t: model.branches(x, t, labels), noise, model.schedule,
+            lambda x, t, s: model.guided(x, t, labels, s), noise, model.schedule,
             Constant(1.0), steps=steps, clip="recompute" if clip else "none",
         )  # fmt: skip
     torch.testing.assert_close(ours, x, rtol=2e-4, atol=2e-4 * float(x.abs().max()))

@@ -1,27 +1,31 @@
-"""Samplers as plain functions of a prediction function. Deterministic DDIM (Song et al., 2010.02502, Eq. 12, eta = 0).
+"""Samplers as plain functions of a prediction function.
 
-The pipeline that travels with a model uses the stock ``DDIMScheduler``; a test holds the two equal.
+Deterministic DDIM (Song et al., 2010.02502, Eq. 12, eta = 0) and the N-step stochastic sampler of guided distillation
+(Meng et al., 2210.03142). The pipeline that travels with a model uses schedulers; tests hold the two equal.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from .guidance import GuidanceSchedule, guide
+from .guidance import GuidanceSchedule
 from .prediction import PredictionType, to_epsilon, to_x0
 from .schedule import NoiseSchedule
+from .steps import noising_kernel
 
 ClipMode = Literal["recompute", "paper", "none"]
 """After clipping x0 to [-1, 1]: recompute eps from it (default, D23), keep the old eps (as released), or no clip."""
+SamplerName = Literal["ddim", "stochastic"]
 
-Branches = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""``(x_t, t) -> (cond, null)`` predictions; t is (B,) int64."""
-Conditional = Callable[[Tensor, Tensor], Tensor]
-"""``(x_t, t) -> cond`` prediction alone."""
+Predict = Callable[[Tensor, Tensor, float], Tensor]
+"""``(x_t, t, scale) -> prediction`` guided at that scale; t is (B,) int64."""
+Noise = Callable[[], Tensor]
+"""Fresh standard-normal noise of the images' shape, another at each call."""
 
 
 def ddim_timesteps(T: int, steps: int) -> list[int]:
@@ -36,9 +40,28 @@ def ddim_timesteps(T: int, steps: int) -> list[int]:
     return [i * stride for i in range(steps)][::-1]
 
 
+def level(schedule: NoiseSchedule, t: int) -> tuple[float, float]:
+    """``(alpha, sigma)`` at timestep ``t``, where -1 is the clean image."""
+    abar = float(schedule.alphas_cumprod[t]) if t >= 0 else 1.0
+    return abar**0.5, (1 - abar) ** 0.5
+
+
+def estimate(
+    prediction: Tensor, x: Tensor, t: int, schedule: NoiseSchedule, kind: PredictionType, clip: ClipMode
+) -> tuple[Tensor, Tensor]:
+    """``(x0, eps)`` that a raw prediction at timestep ``t`` implies, clipped as asked."""
+    alpha, sigma = schedule.at(torch.tensor([t], device=x.device), x.ndim, x.dtype)
+    x0 = to_x0(prediction, x, alpha, sigma, kind)
+    eps = to_epsilon(prediction, x, alpha, sigma, kind)
+    if clip != "none":
+        x0 = x0.clamp(-1, 1)
+    if clip == "recompute":
+        eps = to_epsilon(x0, x, alpha, sigma, "sample")
+    return x0, eps
+
+
 def ddim_sample(
-    conditional: Conditional,
-    branches: Branches,
+    predict: Predict,
     noise: Tensor,
     schedule: NoiseSchedule,
     guidance: GuidanceSchedule,
@@ -50,35 +73,80 @@ def ddim_sample(
 ) -> Tensor:
     """Images (B, ...) from standard-normal ``noise`` (B, ...); in [-1, 1] unless ``clip='none'``.
 
-    Where the scale is exactly 1 the null pass is skipped (the result is the same; NFE counts one).
+    Args:
+        timesteps: descending, instead of evenly spaced ones; ``noise`` then is an image at the first one's noise level.
     """
     x = noise
     stamps = list(timesteps) if timesteps is not None else ddim_timesteps(schedule.T, steps)
-    stride = schedule.T // steps
-    abar = schedule.alphas_cumprod
-    for i, t in enumerate(stamps):
-        stamp = torch.full((x.shape[0],), t, dtype=torch.int64, device=x.device)
-        scale = guidance(t, schedule.T)
-        if scale == 1.0:
-            out = conditional(x, stamp)
-        else:
-            out = guide(*branches(x, stamp), scale)
-        alpha, sigma = schedule.at(stamp, x.ndim, x.dtype)
-        x0 = to_x0(out, x, alpha, sigma, prediction_type)
-        eps = to_epsilon(out, x, alpha, sigma, prediction_type)
-        if clip != "none":
-            x0 = x0.clamp(-1, 1)
-        if clip == "recompute":
-            eps = to_epsilon(x0, x, alpha, sigma, "sample")
-        before = (stamps[i + 1] if i + 1 < len(stamps) else -1) if timesteps is not None else t - stride
-        prev = float(abar[before]) if before >= 0 else 1.0
-        x = prev**0.5 * x0 + (1 - prev) ** 0.5 * eps
+    # Evenly spaced steps go back by T // steps, as diffusers' do; for those from 0 on that is to the next one.
+    before = [*stamps[1:], -1] if timesteps is not None else [t - schedule.T // steps for t in stamps]
+    for t, u in zip(stamps, before, strict=True):
+        stamp = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        prediction = predict(x, stamp, guidance(t, schedule.T))
+        x0, eps = estimate(prediction, x, t, schedule, prediction_type, clip)
+        alpha, sigma = level(schedule, u)
+        x = alpha * x0 + sigma * eps
     return x
 
 
-def count_nfe(guidance: GuidanceSchedule, T: int, steps: int) -> int:
-    """Network evaluations per image: a guided step counts two, a step at s = 1 one."""
-    return sum(1 if guidance(t, T) == 1.0 else 2 for t in ddim_timesteps(T, steps))
+def stochastic_sample(
+    predict: Predict,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    guidance: GuidanceSchedule,
+    fresh: Noise,
+    *,
+    prediction_type: PredictionType = "epsilon",
+    clip: ClipMode = "recompute",
+) -> Tensor:
+    """Images from ``noise`` by two steps down and one back up, over all of the schedule's steps (guided.md 4).
+
+    For models that were trained for jumps of two steps; T evaluations, T - 1 fresh noises.
+    """
+    x = noise
+    for t in reversed(range(schedule.T)):
+        stamp = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        prediction = predict(x, stamp, guidance(t, schedule.T))
+        x0, eps = estimate(prediction, x, t, schedule, prediction_type, clip)
+        lower = level(schedule, max(t - 2, -1))
+        x = lower[0] * x0 + lower[1] * eps
+        if t > 0:
+            factor, spread = noising_kernel(*lower, *level(schedule, t - 1))
+            x = factor * x + spread * fresh()
+    return x
+
+
+def ddim_encode(
+    predict: Predict,
+    images: Tensor,
+    schedule: NoiseSchedule,
+    guidance: GuidanceSchedule,
+    *,
+    timesteps: Sequence[int],
+    prediction_type: PredictionType = "epsilon",
+) -> Tensor:
+    """DDIM run backwards: the noise (B, ...) that deterministic sampling would turn into ``images`` (DDIB, 2203.08382).
+
+    Args:
+        timesteps: ascending; the noise levels that the image passes through. The clean image itself is shown to the
+            network as timestep 0. Nothing is clipped.
+    """
+    x = images
+    for t, u in pairwise([-1, *timesteps]):
+        stamp = torch.full((len(x),), max(t, 0), dtype=torch.int64, device=x.device)
+        prediction = predict(x, stamp, guidance(int(stamp[0]), schedule.T))
+        _, eps = estimate(prediction, x, int(stamp[0]), schedule, prediction_type, "none")
+        (alpha, sigma), (up_alpha, up_sigma) = level(schedule, t), level(schedule, u)
+        x = up_alpha * (x - sigma * eps) / alpha + up_sigma * eps
+    return x
+
+
+def count_nfe(guidance: GuidanceSchedule, T: int, steps: int, *, one_pass: bool = False) -> int:
+    """Network evaluations per image: a guided step counts two, a step at s = 1 one.
+
+    ``one_pass``: of a model that takes the scale as an input, or has no scale at all; every step counts one.
+    """
+    return sum(1 if one_pass or guidance(t, T) == 1.0 else 2 for t in ddim_timesteps(T, steps))
 
 
 def image_noise(
@@ -88,8 +156,18 @@ def image_noise(
 
     Each image has its own generator, so image i is the same for any batch size, on any number of processes.
     """
-    rows = []
-    for index in range(first, first + count):
-        generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + index) % (2**63))
-        rows.append(torch.randn(shape, generator=generator))
-    return torch.stack(rows).to(device) if rows else torch.empty((0, *shape), device=device)
+    return noise_source(shape, seed, first, count, device)()
+
+
+def noise_source(
+    shape: tuple[int, ...], seed: int, first: int, count: int, device: torch.device | str = "cpu"
+) -> Noise:
+    """Successive noises (count, *shape) of the same images, each image from its own generator; see ``image_noise``."""
+    seeds = [(seed * 1_000_003 + index) % (2**63) for index in range(first, first + count)]
+    generators = [torch.Generator("cpu").manual_seed(number) for number in seeds]
+
+    def draw() -> Tensor:
+        rows = [torch.randn(shape, generator=generator) for generator in generators]
+        return torch.stack(rows).to(device) if rows else torch.empty((0, *shape), device=device)
+
+    return draw

@@ -5,9 +5,12 @@ A weight is a *loss* weight under uniform timesteps, never a sampling distributi
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from .prediction import PredictionType
 from .schedule import NoiseSchedule
 
 
@@ -27,6 +30,28 @@ def base_weights(schedule: NoiseSchedule, form: str, gamma: float = 5.0) -> Tens
     if form == "v":
         return schedule.snr.clamp(max=gamma) / (schedule.snr + 1)
     raise ValueError(f"unknown weight form {form!r}; one of none, x0, eps, v")
+
+
+DistanceWeight = Literal["constant", "snr", "truncated_snr", "v"]
+
+
+def distance_weights(schedule: NoiseSchedule, kind: PredictionType, form: DistanceWeight) -> Tensor:
+    """(T,) float64 weights of the squared error of a network's *output*, for a weight on the clean image's error.
+
+    Salimans & Ho, 2202.00512, section 4: on ``|x0 - x0'|^2`` the weight is 1 (``constant``), snr (``snr``, the error
+    of the noise), ``max(snr, 1)`` (``truncated_snr``) or ``1 + snr`` (``v``); the output's error is the clean image's
+    times ``alpha / sigma`` for epsilon and ``1 / sigma`` for v_prediction.
+    """
+    alpha, sigma = schedule.alphas_cumprod, 1 - schedule.alphas_cumprod
+    scaled = {
+        "constant": sigma,
+        "snr": alpha,
+        "truncated_snr": torch.maximum(alpha, sigma),
+        "v": torch.ones_like(alpha),
+    }[form]
+    if kind == "v_prediction":
+        return scaled
+    return scaled / (alpha if kind == "epsilon" else sigma)
 
 
 def unit_mean(weights: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def measure_cost(
         runs: at most; fewer once ``budget_s`` seconds are spent on a batch size, yet never fewer than 2.
     """
     schedule = (guidance or Constant(2.0)) if guided else Constant(1.0)
-    nfe = count_nfe(schedule, denoiser.schedule.T, steps)
+    nfe = count_nfe(schedule, denoiser.schedule.T, steps, one_pass=denoiser.takes_scale)
     flops = count_flops(denoiser)
 
     def sample(batch: int) -> Callable[[int], Tensor]:

@@ -161,7 +161,7 @@ class Evaluator:
         self, denoiser: Denoiser, schedule: GuidanceSchedule, guided: bool, steps: int, meter: _Meter
     ) -> ScalePoint:
         """One guidance setting, pooled over the seeds."""
-        nfe = count_nfe(schedule, denoiser.schedule.T, steps)
+        nfe = count_nfe(schedule, denoiser.schedule.T, steps, one_pass=denoiser.takes_scale)
         mine = share(self.settings.samples)
         found: dict[str, list[Estimate]] = {}
         for seed in self.settings.seeds:
@@ -252,7 +252,8 @@ class Evaluator:
 
     def _work(self, denoiser: Denoiser, schedules: list[GuidanceSchedule], steps: int) -> float:
         """Network evaluations of the sweep."""
-        once = sum(count_nfe(schedule, denoiser.schedule.T, steps) for schedule in schedules)
+        one_pass = denoiser.takes_scale
+        once = sum(count_nfe(schedule, denoiser.schedule.T, steps, one_pass=one_pass) for schedule in schedules)
         return float(once * self.settings.samples * len(self.settings.seeds))
 
     def _check(self, denoiser: Denoiser, steps: int) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..data.dataset import to_uint8
 from ..diffusion.guidance import Constant, GuidanceSchedule
-from ..diffusion.sampling import ClipMode, ddim_sample, image_noise
+from ..diffusion.sampling import ClipMode, Noise, ddim_sample, noise_source, stochastic_sample
 from ..errors import InputError
 from ..models.denoiser import Denoiser
 
@@ -50,25 +50,49 @@ def sample_images(
     with denoiser.evaluating():
         for start in range(0, count, batch_size):
             part = slice(start, min(start + batch_size, count))
-            noise = image_noise(denoiser.sample_shape, seed, first + start, part.stop - start, denoiser.device)
-            drawn = _draw(denoiser, noise, labels[part].to(denoiser.device), scale, steps, clip)
+            fresh = noise_source(denoiser.sample_shape, seed, first + start, part.stop - start, denoiser.device)
+            drawn = draw(denoiser, labels[part].to(denoiser.device), scale, fresh, steps=steps, clip=clip)
             images[part] = to_uint8(drawn.nan_to_num(0.0)).cpu()
             if progress is not None:
                 progress(part.stop)
     return images
 
 
-def _draw(
-    denoiser: Denoiser, noise: Tensor, labels: Tensor, guidance: GuidanceSchedule, steps: int, clip: ClipMode
+def draw(
+    denoiser: Denoiser,
+    labels: Tensor,
+    guidance: GuidanceSchedule,
+    fresh: Noise,
+    *,
+    steps: int | None = None,
+    clip: ClipMode = "recompute",
 ) -> Tensor:
-    """One batch of images (B, C, H, W) in [-1, 1] from noise (B, C, H, W) and labels (B,)."""
+    """One batch of images (B, C, H, W) in [-1, 1] for labels (B,), by the sampler that the model was trained for.
+
+    Args:
+        fresh: the start noise at its first call; what a stochastic sampler adds at the following ones.
+        steps: None: all of the model's. A stochastic sampler takes all.
+
+    Raises:
+        InputError: fewer steps than a stochastic sampler has.
+    """
+    T = denoiser.schedule.T
+
+    def predict(x: Tensor, t: Tensor, scale: float) -> Tensor:
+        return denoiser.guided(x, t, labels, scale)
+
+    if denoiser.sampler == "stochastic":
+        if steps not in (None, T):
+            raise InputError("steps", steps, f"use {T}: a model for the stochastic sampler takes all its steps")
+        return stochastic_sample(
+            predict, fresh(), denoiser.schedule, guidance, fresh, prediction_type=denoiser.prediction_type, clip=clip
+        )
     return ddim_sample(
-        lambda x_t, t: denoiser(x_t, t, labels),
-        lambda x_t, t: denoiser.branches(x_t, t, labels),
-        noise,
+        predict,
+        fresh(),
         denoiser.schedule,
         guidance,
-        steps=steps,
+        steps=steps or T,
         prediction_type=denoiser.prediction_type,
         clip=clip,
     )

@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..diffusion.guidance import guide
 from ..diffusion.prediction import PredictionType, to_epsilon, to_x0
+from ..diffusion.sampling import SamplerName
 from ..diffusion.schedule import NoiseSchedule
 from .adapters import family_of
 
@@ -48,6 +50,10 @@ class Denoiser:
         """(T,) int64: the time input that the network knows step i by; None where that is i itself."""
         self.origin: tuple[Denoiser, Tensor] | None = None
         """Of a respaced model: the model it was made of, and (T,) int64 which of that one's steps its own are."""
+        self.scale_range: tuple[float, float] | None = None
+        """Of a network that takes the guidance scale as an input: the scales it knows. None: it has two branches."""
+        self.sampler: SamplerName = "ddim"
+        """What its steps are made for: ``stochastic`` where each reaches two steps down (guided.md 4)."""
 
     @property
     def null_label(self) -> int:
@@ -57,28 +63,56 @@ class Denoiser:
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """Raw prediction (B, C, H, W) float32 for noisy images, timesteps (B,) int64 and labels (B,) int64."""
+    def __call__(self, x_t: Tensor, t: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Raw prediction (B, C, H, W) float32 for noisy images, timesteps (B,) int64 and labels (B,) int64.
+
+        Args:
+            scale: (B,) guidance scales for a network that takes them; None: purely conditional.
+        """
         if self.time_index is not None:
             self.time_index = self.time_index.to(t.device)
             t = self.time_index[t]
+        given = (x_t, t, labels) if scale is None else (x_t, t, labels, scale)
         if self.autocast_dtype is None:
-            return self._call(self.network, x_t, t, labels)
+            return self._call(self.network, *given)
         with torch.autocast(x_t.device.type, self.autocast_dtype):
-            out = self._call(self.network, x_t, t, labels)
+            out = self._call(self.network, *given)
         return out.float()
+
+    @property
+    def takes_scale(self) -> bool:
+        """Whether the network takes the guidance scale as an input: one pass at any scale."""
+        return self.scale_range is not None
+
+    def guided(self, x_t: Tensor, t: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
+        """Prediction at a guidance scale, a number or (B,): one pass where the network takes the scale or it is 1."""
+        if self.takes_scale:
+            return self(x_t, t, labels, torch.as_tensor(scale, device=x_t.device, dtype=x_t.dtype).expand(len(x_t)))
+        if isinstance(scale, Tensor):
+            return guide(*self.branches(x_t, t, labels), scale.view(-1, *[1] * (x_t.ndim - 1)))
+        if scale == 1.0:
+            return self(x_t, t, labels)
+        return guide(*self.branches(x_t, t, labels), scale)
 
     def null(self, x_t: Tensor, t: Tensor) -> Tensor:
         """Prediction of the null branch."""
         return self(x_t, t, torch.full_like(t, self.null_label))
 
     def branches(self, x_t: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """``(cond, null)`` predictions at the same (x_t, t), in one batched forward (dash.md D13)."""
-        both = self(
-            torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([labels, torch.full_like(labels, self.null_label)])
-        )
-        cond, null = both.chunk(2)
-        return cond, null
+        """``(cond, null)`` predictions at the same (x_t, t), in one batched forward (dash.md D13).
+
+        Of a network that takes the scale, the branches that its answers at two scales imply, by the line through them.
+        """
+        twice = torch.cat([x_t, x_t]), torch.cat([t, t])
+        if self.scale_range is None:
+            null = torch.full_like(labels, self.null_label)
+            first, second = self(*twice, torch.cat([labels, null])).chunk(2)
+            return first, second
+        low = max(1.0, self.scale_range[0])
+        high = min(low + 1, self.scale_range[1])
+        scales = torch.tensor([low, high], device=x_t.device).repeat_interleave(len(labels))
+        first, second = self(*twice, torch.cat([labels, labels]), scales).chunk(2)
+        return tuple(guide(second, first, (s - low) / (high - low)) for s in (1.0, 0.0))  # type: ignore[return-value]
 
     def x0(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """Clean-image estimate that a raw prediction implies."""
@@ -99,6 +133,7 @@ class Denoiser:
         """The same schedule and vocabulary around another network (an EMA copy, a student)."""
         other = Denoiser(network, self.schedule, self.num_classes, self.sample_shape, self.prediction_type)
         other.autocast_dtype, other.time_index = self.autocast_dtype, self.time_index
+        other.scale_range, other.sampler = self.scale_range, self.sampler
         if self.origin is not None:
             other.origin = self.origin[0].with_network(network), self.origin[1]
         return other
@@ -114,6 +149,7 @@ class Denoiser:
         schedule, steps = self.schedule.respace(indices), torch.as_tensor(list(indices))
         other = Denoiser(self.network, schedule, self.num_classes, self.sample_shape, self.prediction_type)
         other.autocast_dtype, other.origin = self.autocast_dtype, (self, steps)
+        other.scale_range = self.scale_range
         other.time_index = steps if self.time_index is None else self.time_index.to(steps.device)[steps]
         return other
 

@@ -25,7 +25,8 @@ from ..diffusion.guidance import parse_guidance
 from ..diffusion.schedule import NoiseSchedule
 from ..disk import sync, sync_tree
 from ..errors import InputError, RunFailed
-from ..pipelines import travelling_source
+from ..pipelines import component_source, travelling_source
+from ..pipelines.stochastic import StochasticJumpScheduler
 from .adapters import Family, family_of, unwrap
 from .card import write_card
 from .denoiser import Denoiser
@@ -88,6 +89,8 @@ def save_model(
         _write_scheduler(denoiser, beside / "scheduler")
         _write_json(beside / "model_index.json", _index(denoiser, class_names, guided, default_guidance))
         (beside / "pipeline.py").write_text(travelling_source(__version__), encoding="utf-8")
+        for component, (module, _) in _travelling(denoiser).items():
+            (beside / component / f"{module}.py").write_text(component_source(module, __version__), encoding="utf-8")
         (beside / "lineage.json").write_text(lineage.model_dump_json(indent=2) + "\n", encoding="utf-8")
         if curriculum is not None:
             tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in curriculum.items()}
@@ -120,22 +123,44 @@ def _check_saveable(
 
 def _index(denoiser: Denoiser, class_names: Sequence[str], guided: bool, default_guidance: str) -> dict[str, Any]:
     family, index = family_of(denoiser.network), denoiser.time_index
+    scales = denoiser.scale_range
     return {
         "_class_name": ["pipeline", "ClassConditionalPipeline"],
         "_diffusers_version": diffusers.__version__,
         COMPONENTS[family.name]: ["diffusers", family.network_class.__name__],
         "scheduler": ["diffusers", "DDIMScheduler"],
+        **{component: list(source) for component, source in _travelling(denoiser).items()},
         "num_classes": denoiser.num_classes,
         "guided": guided,
         "default_guidance": default_guidance if guided else "1",
+        "guidance_range": None if scales is None else {"low": scales[0], "high": scales[1]},
         # No list: diffusers takes lists in this file for components.
         "time_index": None if index is None else {str(step): t for step, t in enumerate(index.tolist())},
         "id2label": {str(number): name for number, name in enumerate(class_names)},
     }
 
 
+def _travelling(denoiser: Denoiser) -> dict[str, tuple[str, str]]:
+    """Component -> (module, class) of those whose code is ours and lies in the folder."""
+    found = {}
+    if denoiser.takes_scale:
+        found["unet"] = ("guided_unet", family_of(denoiser.network).network_class.__name__)
+    if denoiser.sampler == "stochastic":
+        found["scheduler"] = ("stochastic", StochasticJumpScheduler.__name__)
+    return found
+
+
 def _write_scheduler(denoiser: Denoiser, folder: Path) -> None:
     schedule = denoiser.schedule
+    if denoiser.sampler == "stochastic":
+        jumps = StochasticJumpScheduler(
+            num_train_timesteps=schedule.T,
+            trained_betas=schedule.betas.tolist(),
+            beta_schedule=schedule.name,
+            prediction_type=denoiser.prediction_type,
+        )
+        jumps.save_pretrained(folder)
+        return
     scheduler = diffusers.DDIMScheduler(
         num_train_timesteps=schedule.T,
         trained_betas=schedule.betas.tolist(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,12 @@ from torch import Tensor
 from ..diffusion.prediction import PREDICTION_TYPES, PredictionType
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import InputError
-from .adapters import FAMILIES
+from ..pipelines.stochastic import StochasticJumpScheduler
+from .adapters import FAMILIES, family_of
 from .denoiser import Denoiser
 from .lineage import Lineage, weights_sha256
 
-COMPONENTS = {"unet2d": "unet", "dit": "transformer"}
+COMPONENTS = {"unet2d": "unet", "guided_unet2d": "unet", "dit": "transformer"}
 """Where each family's network lies in the folder, by the adapter's name."""
 WEIGHTS = "diffusion_pytorch_model"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -72,6 +74,8 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", *, has_nu
     default = str(index.get("default_guidance", "2" if guided else "1"))
     denoiser = Denoiser(_moved(network, device).eval(), schedule, num_classes, shape, prediction_type)
     denoiser.time_index = _load_time_index(folder, index, schedule.T)
+    denoiser.scale_range = _load_scale_range(folder, index, network)
+    denoiser.sampler = "stochastic" if _component(index, "scheduler") == StochasticJumpScheduler.__name__ else "ddim"
     return LoadedModel(denoiser, lineage, tensors, meta, guided, names, default, folder)
 
 
@@ -122,8 +126,9 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 def _load_network(folder: Path, index: dict[str, Any]) -> Any:
     parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and name[0] != "_" and value[0]}
-    known = {part: FAMILIES[name].network_class for name, part in COMPONENTS.items()}
-    found = [part for part, network_class in known.items() if parts.get(part) == network_class.__name__]
+    families = [(part, FAMILIES[name].network_class) for name, part in COMPONENTS.items()]
+    known = {part: network_class for part, network_class in families if parts.get(part) == network_class.__name__}
+    found = list(known)
     if len(found) != 1 or set(parts) - {found[0], "scheduler"}:
         held = ", ".join(f"{name} {value}" for name, value in parts.items()) or "no component"
         mend = "give a class-conditional UNet2DModel (unet) or DiTTransformer2DModel (transformer) that works on pixels"
@@ -178,7 +183,8 @@ def _moved(network: Any, device: str | torch.device) -> Any:
 def _load_schedule(folder: Path) -> tuple[NoiseSchedule, PredictionType]:
     config = _read_json(folder, "scheduler/scheduler_config.json")
     name = str(config.get("_class_name"))
-    scheduler_class: Any = getattr(diffusers, name, None)
+    own = StochasticJumpScheduler
+    scheduler_class: Any = own if name == own.__name__ else getattr(diffusers, name, None)
     try:
         scheduler = scheduler_class.from_config(config)
         schedule = NoiseSchedule.from_scheduler(scheduler)
@@ -213,6 +219,22 @@ def _load_time_index(folder: Path, index: dict[str, Any], T: int) -> Tensor | No
     if not all(type(t) is int and t >= 0 for t in steps) or len(found) != T:
         raise _bad(folder, f"has a time_index that does not name its {T} steps")
     return torch.tensor(steps)
+
+
+def _load_scale_range(folder: Path, index: dict[str, Any], network: Any) -> tuple[float, float] | None:
+    if not family_of(network).takes_scale:
+        return None
+    found = index.get("guidance_range")
+    ends: list[Any] = [found.get("low"), found.get("high")] if isinstance(found, dict) else []
+    if not ends or not all(type(end) in (int, float) and math.isfinite(end) for end in ends) or ends[0] >= ends[1]:
+        raise _bad(folder, f"takes the guidance scale and has a guidance_range of {found}")
+    return float(ends[0]), float(ends[1])
+
+
+def _component(index: dict[str, Any], name: str) -> str:
+    """Class name of a component, empty where there is none."""
+    found = index.get(name)
+    return str(found[1]) if isinstance(found, list) and len(found) == 2 else ""
 
 
 def _sample_shape(folder: Path, network: Any) -> tuple[int, int, int]:

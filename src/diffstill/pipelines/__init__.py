@@ -1,4 +1,4 @@
-"""The diffusers pipeline that travels inside every exported model folder, and the text that is written there."""
+"""The diffusers pipeline and components that travel inside exported model folders, and the texts written there."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def travelling_source(version: str) -> str:
     return "\n\n\n".join([_HEADER.format(version=version) + "\n" + _written(imports), *bodies]) + "\n"
 
 
+def component_source(module: str, version: str) -> str:
+    """The text of a component's module (``guided_unet``, ``stochastic``) as it lies beside its weights or config.
+
+    Such a module imports nothing of ours, so that its text is whole.
+    """
+    text = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
+    return f"# Written by diffstill {version} (Apache-2.0).\n{text}"
+
+
 def _collect(node: ast.Import | ast.ImportFrom, imports: dict[str, set[str]]) -> None:
     """Adds an import to ``import os`` -> {} or ``from os`` -> names; our own modules and ``__future__`` stay behind."""
     if isinstance(node, ast.Import):
@@ -49,4 +58,4 @@ def _written(imports: dict[str, set[str]]) -> str:
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
-__all__ = ["travelling_source"]
+__all__ = ["component_source", "travelling_source"]

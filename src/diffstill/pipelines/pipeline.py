@@ -26,6 +26,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guided: False for a model without a live null branch, which is sampled in one pass.
         default_guidance: what is used where a call names none: ``"2"``, ``"tag:1,4,5"``, ``"interval:3,0.2,0.8"``.
         id2label: names of the classes, by their number as text.
+        guidance_range: of a network that takes the guidance scale as an input, the scales it knows: ``{"low": 1.0,
+            "high": 5.0}``. Such a model needs one pass a step at any scale. None: it has two branches.
         time_index: the time input that the network knows a step of the schedule by, by the step's number as text; None:
             the step itself.
     """
@@ -47,6 +49,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         default_guidance: str = "2",
         id2label: dict[str, str] | None = None,
         time_index: dict[str, int] | None = None,
+        guidance_range: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
         if (unet is None) == (transformer is None):
@@ -61,6 +64,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             default_guidance=default_guidance,
             id2label=id2label,
             time_index=time_index,
+            guidance_range=guidance_range,
         )
 
     @torch.no_grad()
@@ -139,10 +143,22 @@ class ClassConditionalPipeline(DiffusionPipeline):
             raise ValueError("give guidance_scale or guidance_schedule, not both")
         asked = schedule if schedule is not None else scale
         if self.config.guided:
-            return self._parse(self.config.default_guidance if asked is None else asked)
+            made = self._parse(self.config.default_guidance if asked is None else asked)
+            self._check_range(made)
+            return made
         if asked is not None and self._parse(asked) != self._parse(1.0):
             raise ValueError(f"guidance {asked!r} cannot act: this model has no live null branch; leave it out")
         return self._parse(1.0)
+
+    def _check_range(self, guidance: GuidanceSchedule) -> None:
+        known = self.config.guidance_range
+        if known is None:
+            return
+        T = self.scheduler.config.num_train_timesteps
+        for scale in (guidance(t, T) for t in range(T)):
+            if not known["low"] <= scale <= known["high"]:
+                trained = f"{known['low']:g} to {known['high']:g}"
+                raise ValueError(f"guidance {guidance} reaches {scale:g}; this model was trained for {trained}")
 
     def _prepared_scheduler(
         self, steps: int | None, clip: str, generator: torch.Generator | list[torch.Generator] | None
@@ -179,18 +195,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     def _predict(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, scale: float) -> torch.Tensor:
         """Guided prediction; both branches in one forward, the null branch only where it counts."""
+        if self.config.guidance_range is not None:
+            return self._forward(x, t, labels, guidance_scale=scale)
         if scale == 1.0:
             return self._forward(x, t, labels)
         null = torch.full_like(labels, self.config.num_classes)
         cond, unconditional = self._forward(torch.cat([x, x]), t, torch.cat([labels, null])).chunk(2)
         return self._guide(cond, unconditional, scale)
 
-    def _forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _forward(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor, **scale: float) -> torch.Tensor:
         if self.config.time_index is not None:
             t = torch.tensor(self.config.time_index[str(round(float(t)))])
         stamps = t.to(x.device).expand(len(x))
         if self.unet is not None:
-            return self.unet(x, stamps, class_labels=labels, return_dict=False)[0]
+            return self.unet(x, stamps, class_labels=labels, **scale, return_dict=False)[0]
         return self.transformer(x, timestep=stamps, class_labels=labels, return_dict=False)[0]
 
     def _finished(self, x: torch.Tensor, output_type: str) -> Any:

@@ -29,9 +29,12 @@ WINDOW = 256
 def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """Results in order. Items are drawn in the calling thread, a window at a time (Pillow decodes without the GIL)."""
     rest = iter(items)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        while window := list(islice(rest, WINDOW)):
-            yield from pool.map(work, window)
+    while window := list(islice(rest, WINDOW)):
+        # No pool is open while a result is out: that of an iterator given up halfway would be joined by the garbage
+        # collector, and where that runs inside the start of another thread the two wait for each other for ever.
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+            results = list(pool.map(work, window))
+        yield from results
 
 
 class BadImages:

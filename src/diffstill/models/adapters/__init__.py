@@ -8,9 +8,11 @@ from torch import nn
 
 from .base import Family
 from .dit import DIT
+from .guided_unet2d import GUIDED_UNET2D
 from .unet2d import UNET2D
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (UNET2D, DIT)}
+FAMILIES: dict[str, Family] = {family.name: family for family in (GUIDED_UNET2D, UNET2D, DIT)}
+"""The special before the general: the first whose class a network is an instance of is its family."""
 
 
 def unwrap(network: nn.Module) -> nn.Module:

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def _plain_call(network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    return network(x_t, t, labels)
+def _plain_call(network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor, *scale: Tensor) -> Tensor:
+    return network(x_t, t, labels, *scale)
 
 
 def _no_stages(network: nn.Module) -> dict[str, nn.Module]:
@@ -27,7 +27,10 @@ class Family:
 
     name: str
     network_class: type[nn.Module]
-    call: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor] = _plain_call
+    call: Callable[..., Tensor] = _plain_call
+    """``call(network, x_t, t, labels)``, and ``scale`` (B,) last where the network takes it."""
+    takes_scale: bool = False
+    """Whether the guidance scale is an input of the network."""
     build: Callable[..., nn.Module] = _no_build
     """``build(sample_shape=, num_classes=, **recipe_options)``; ValueError names the option that does not fit."""
     stages: Callable[[nn.Module], dict[str, nn.Module]] = _no_stages
