@@ -26,7 +26,8 @@ from diffstill.errors import InputError
 from diffstill.evaluation.sampling import sample_images
 from diffstill.jobs.build import Teacher, respaced
 from diffstill.methods import METHODS, Curriculum, Setting, TeacherOutputs
-from diffstill.methods.sfddm import Sfddm, SfddmOptions, trajectory_target
+from diffstill.methods.sfddm import Sfddm, SfddmOptions
+from diffstill.methods.trajectory import trajectory_target
 from diffstill.models.denoiser import Denoiser
 from diffstill.models.folder import load_model
 from diffstill.recipe import RespaceSpec

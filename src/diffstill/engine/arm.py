@@ -71,14 +71,16 @@ class Arm:
         return made
 
     def learning_rate(self, images_seen: int) -> float:
-        """Linear warm-up, then cosine from ``lr`` to ``lr_min``: a pure function of the images seen."""
+        """Linear warm-up, then cosine or linear from ``lr`` to ``lr_min``: a pure function of the images seen."""
         s = self.settings
         if images_seen < s.warmup_images:
             return s.lr * (images_seen + s.batch_size) / (s.warmup_images + s.batch_size)
         if s.decay == "none":
             return s.lr
         progress = (images_seen - s.warmup_images) / max(1, self.images - s.warmup_images)
-        return s.lr_min + (s.lr - s.lr_min) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        left = 1 - min(1.0, progress)
+        share = left if s.decay == "linear" else 0.5 * (1 - math.cos(math.pi * left))
+        return s.lr_min + (s.lr - s.lr_min) * share
 
     def backward(self, batch: Batch, teacher: TeacherOutputs | None, share: float, last: bool) -> None:
         """Loss and gradients of one micro-batch that makes up ``share`` of this process's batch."""

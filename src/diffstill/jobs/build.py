@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from diffusers import UNet2DModel
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -14,16 +17,18 @@ from ..data.batches import stream_seed
 from ..data.dataset import ImageData
 from ..data.sources import DataSplits
 from ..diffusion.prediction import PredictionType
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.schedule import NoiseSchedule, spaced_indices
 from ..engine.runtime import Runtime
 from ..errors import InputError
 from ..methods import METHODS, Curriculum, Method, Setting
-from ..models.adapters import FAMILIES
+from ..models.adapters import FAMILIES, family_of, guided_unet2d, unwrap
+from ..models.adapters.guided_unet2d import with_scale_input
 from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
 from ..models.lineage import Lineage
+from ..models.loading import COMPONENTS
 from ..models.students import inherit
-from ..recipe import ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, RespaceSpec, TrainRecipe
+from ..recipe import AS_TEACHER, ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, RespaceSpec, TrainRecipe
 from ..recipe.problems import one_line
 
 
@@ -72,13 +77,52 @@ def build_denoiser(
 
 def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed: int) -> Denoiser:
     """A student of the teacher's kind of images, fresh or with inherited weights as the recipe or the method says."""
-    student = build_denoiser(
-        spec, teacher.sample_shape, teacher.num_classes, teacher.schedule, teacher.prediction_type, seed, "student"
-    )
-    init = spec.init or METHODS[method.name].init
-    if init != "fresh":
-        inherit(teacher.network, student.network, select="magnitude" if init == "magnitude" else "first")
+    made = METHODS[method.name]
+    shape, classes = teacher.sample_shape, teacher.num_classes
+    init = spec.init or made.init
+    if spec.family == AS_TEACHER:
+        network = _as_teacher(spec, teacher, made.scale_input, init, seed)
+    else:
+        network = build_network(spec, shape, classes, seed, "student")
+        if init != "fresh":
+            inherit(teacher.network, network, select="magnitude" if init == "magnitude" else "first")
+    student = Denoiser(network, teacher.schedule, classes, shape, teacher.prediction_type)
+    if family_of(network).takes_scale:
+        if not (made.scale_input or teacher.takes_scale):
+            mend = f"use unet2d: {method.name} trains two branches, or a method that trains scales (guided)"
+            raise InputError("student.family", spec.family, mend, problem="takes the guidance scale")
+        student.scale_range = teacher.scale_range or (1.0, 2.0)  # the method that trains the scales says which
+    if teacher.origin is None:  # of the teacher's own steps: known by the same times, made for the same sampler
+        student.time_index, student.sampler = teacher.time_index, teacher.sampler
     return student
+
+
+def _as_teacher(spec: NetworkSpec, teacher: Denoiser, scale_input: bool, init: str, seed: int) -> nn.Module:
+    """The teacher's network again: its copy, or with weights of its own; with the scale as an input where asked."""
+    if init == "magnitude":
+        raise InputError("student.init", init, "use inherit or fresh", problem="prunes nothing of a student as large")
+    network: Any = unwrap(teacher.network)
+    if family_of(network).name not in COMPONENTS:
+        mend = f"name a family: {', '.join(COMPONENTS)}"
+        raise InputError("student.family", spec.family, mend, problem="cannot be built again")
+    if init == "fresh":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(seed, "init"))
+            network = type(network).from_config(network.config)
+    else:
+        network = copy.deepcopy(network)
+    if scale_input and not teacher.takes_scale:
+        if not isinstance(network, UNet2DModel):
+            mend = "use a teacher of the unet2d family"
+            raise InputError("student.family", family_of(network).name, mend, problem="cannot take the guidance scale")
+        try:
+            network = with_scale_input(network, **{**guided_unet2d.OPTIONS, **spec.options})
+        except ValueError as error:
+            raise InputError("student", spec.options, str(error), problem="cannot be built") from None
+    elif spec.options:
+        raise InputError("student", spec.options, "leave them out", problem="changes nothing of a copied network")
+    made: nn.Module = network.requires_grad_(True).train()
+    return made
 
 
 def build_method(spec: MethodSpec, setting: Setting, seed: int = 0) -> Method:
@@ -121,14 +165,16 @@ def respaced(teacher: Teacher, spec: RespaceSpec | None) -> Teacher:
     """
     if spec is None:
         return teacher
+    denoiser = teacher.denoiser
     try:
-        denoiser = teacher.denoiser.respaced(spec.indices(teacher.denoiser.schedule.T))
+        if spec.teacher_steps is not None:
+            denoiser = denoiser.respaced(spaced_indices(denoiser.schedule.T, spec.teacher_steps, spec.spacing))
+        denoiser = denoiser.respaced(spec.indices(denoiser.schedule.T))
     except ValueError as error:
         raise InputError("respace", spec.model_dump(exclude_none=True), str(error), problem="does not fit") from None
-    assert denoiser.origin is not None
     curriculum = teacher.curriculum
     if curriculum is not None:
-        curriculum = curriculum.respace(denoiser.schedule, denoiser.origin[1])
+        curriculum = curriculum.respace(denoiser.schedule, denoiser.whole[1])
     return replace(teacher, denoiser=denoiser, curriculum=curriculum)
 
 

@@ -54,7 +54,7 @@ def teacher_subjects(teacher: Teacher, spec: EvaluationSpec) -> list[Subject]:
     method = teacher.lineage.method if teacher.lineage else ""
     if teacher.denoiser.origin is None:
         return [Subject("teacher", teacher.denoiser, method, teacher.folder)]
-    whole = teacher.denoiser.origin[0]
+    whole, _ = teacher.denoiser.whole
     steps = spec.teacher_steps or min(TEACHER_STEPS, whole.schedule.T)
     return [
         Subject("teacher", whole, method, teacher.folder, steps=steps),

@@ -56,7 +56,7 @@ def save_trained(
         recipe=resolved(recipe),
         data=DataRef(name=data.name, fingerprint=data.train.fingerprint()),
         teacher=teacher,
-        timesteps=method.teacher.origin[1].tolist() if method.teacher and method.teacher.origin else (),
+        timesteps=method.teacher.whole[1].tolist() if method.teacher and method.teacher.origin else (),
         images_seen=images,
         seeds=[recipe.seed if seed is None else seed],
     )

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from ..diffusion.guidance import guide
 from ..diffusion.schedule import NoiseSchedule
 from ..models.denoiser import Denoiser
 from ..models.features import tapped
@@ -100,6 +101,10 @@ class TeacherOutputs:
     @property
     def null(self) -> Tensor:
         return _asked(self._computed[1], "null")
+
+    def guided(self, scale: Tensor) -> Tensor:
+        """The teacher's prediction at guidance scales (B,)."""
+        return guide(self.cond, self.null, scale.view(-1, *[1] * (self.cond.ndim - 1)))
 
     @property
     def features(self) -> dict[str, Tensor]:
@@ -186,6 +191,10 @@ class Method(ABC):
     copy_parts: Mapping[str, float] = {}
     """Known values of loss parts when the student is an exact copy of the teacher; ``check_method`` verifies them.
     May be set per instance from the options."""
+    scale_input: ClassVar[bool] = False
+    """True where the student's network must take the guidance scale as an input, whatever its teacher's does."""
+    fewer_steps: ClassVar[bool] = False
+    """True for methods that make a student of fewer steps: their recipes say which (``respace``)."""
     init: ClassVar[str] = "fresh"
     """How the student starts unless the recipe says otherwise: ``fresh``, ``inherit`` or ``magnitude``."""
 

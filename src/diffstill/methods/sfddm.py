@@ -10,14 +10,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from ..diffusion.prediction import target
-from ..diffusion.steps import ddim_step, one_step_target
 from ..errors import InputError
 from ..models.denoiser import Denoiser
 from ..models.features import Projector, tapped
 from .base import Batch, Losses, Method, Options, RoleOptimizer, Setting, TeacherOutputs, register
 from .distillation import require_teacher
 from .fitnets import feature_widths
+from .trajectory import trajectory_target
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": functional.l1_loss,
@@ -59,6 +58,7 @@ class Sfddm(Method):
     source = "SFDDM 2405.14961; target=trajectory is this project's extension"
     options_class = SfddmOptions
     compiles = False
+    fewer_steps = True
 
     teacher: Denoiser
 
@@ -138,45 +138,3 @@ class Sfddm(Method):
             x_t, t = torch.cat([x_t, x_t]), torch.cat([t, t])
             labels = torch.cat([labels, torch.full_like(labels, model.null_label)])
         return trajectory_target(model, x_t, t, labels, self.options.trajectory_steps)
-
-
-def trajectory_target(teacher: Denoiser, x_t: Tensor, t: Tensor, labels: Tensor, steps: int | None = None) -> Tensor:
-    """What a respaced model must predict at ``x_t`` so that its one step does what the teacher does in all of its own.
-
-    The way goes from timestep ``indices[t]`` to ``indices[t - 1]`` (the clean image for t = 0) by deterministic DDIM;
-    nothing is clipped.
-
-    Args:
-        teacher: a respaced teacher (``Denoiser.respaced``); one that is not has single steps.
-        x_t: (B, C, H, W); t: (B,) int64, steps of the respaced schedule; labels: (B,), the null label too.
-        steps: teacher steps on the way at most, evenly spread; None: all.
-
-    Returns:
-        (B, C, H, W) in the teacher's prediction type.
-    """
-    whole = torch.arange(teacher.schedule.T, device=t.device)
-    origin, chosen = teacher.origin or (teacher, whole)
-    chosen = chosen.to(t.device)
-    before = torch.cat([chosen.new_full((1,), -1), chosen[:-1]])
-    start, end = chosen[t], before[t]
-    longest = int((chosen - before).max())
-    count = longest if steps is None else min(steps, longest)
-    x = x_t
-    at = start
-    for number in range(1, count + 1):
-        following = start - (start - end) * number // count
-        alpha, sigma = origin.schedule.at(at, x.ndim, x.dtype)
-        x0 = origin.x0(origin(x, at, labels), x, at)
-        x = ddim_step(x0, x, alpha, sigma, *_at(origin, following, x))
-        at = following
-    alpha, sigma = origin.schedule.at(start, x.ndim, x.dtype)
-    reached = one_step_target(x_t, x, alpha, sigma, *_at(origin, end, x))
-    noise = (x_t - alpha * reached) / sigma
-    return target(reached, noise, alpha, sigma, teacher.prediction_type)
-
-
-def _at(model: Denoiser, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Signal and noise scale at ``t``, where -1 is the clean image."""
-    alpha, sigma = model.schedule.at(t.clamp(min=0), x.ndim, x.dtype)
-    clean = (t < 0).view(alpha.shape)
-    return torch.where(clean, 1.0, alpha), torch.where(clean, 0.0, sigma)

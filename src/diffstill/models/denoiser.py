@@ -80,6 +80,15 @@ class Denoiser:
         return out.float()
 
     @property
+    def whole(self) -> tuple[Denoiser, Tensor]:
+        """Of a respaced model: the one that it goes back to, and (T,) int64 which of that one's steps its own are."""
+        model, steps = self, torch.arange(self.schedule.T)
+        while model.origin is not None:
+            model, inner = model.origin
+            steps = inner.to(steps.device)[steps]
+        return model, steps
+
+    @property
     def takes_scale(self) -> bool:
         """Whether the network takes the guidance scale as an input: one pass at any scale."""
         return self.scale_range is not None

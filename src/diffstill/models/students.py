@@ -41,7 +41,10 @@ MUST_EQUAL = (
     "add_attention",
     "resnet_time_scale_shift",
 )
+SCALE_OPTIONS = ("guidance_embed_dim", "guidance_embed_type")
 OPTIONS = "build teacher and student from the options of the unet2d family"
+SCALE = "class_embedding.scale.weight"
+"""The projection of the guidance scale, in networks that take it."""
 BLOCK_TYPES = {"DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"}
 # Convolutions (and the attention's output) whose result is added to, or becomes, a level's residual stream.
 STREAM_WRITERS = ("conv_in.weight", "conv2.weight", "conv_shortcut.weight", "to_out.0.weight", "samplers.0.conv.weight")
@@ -95,7 +98,8 @@ def _check(big: Any, small: Any) -> None:
     def refuse(name: str, mend: str) -> InputError:
         return InputError(f"student.{name}", new[name], mend)
 
-    for name in MUST_EQUAL:
+    scale = [name for name in SCALE_OPTIONS if name in old and name in new]
+    for name in (*MUST_EQUAL, *scale):
         if old[name] != new[name]:
             raise refuse(name, f"to inherit, it must equal the teacher's {old[name]}")
     widths, limits = new.block_out_channels, old.block_out_channels
@@ -230,6 +234,9 @@ class _Transplant:
         self._layer("time_embedding.linear_2", self.temb, hidden)
         if "class_embedding.weight" in self.new:
             self._put("class_embedding.weight", self._take("class_embedding.weight", None, self.temb))
+        if SCALE in self.new:  # a teacher that does not take the scale leaves it without effect
+            taken = self._take(SCALE, self.temb) if SCALE in self.old else torch.zeros_like(self.new[SCALE])
+            self._put(SCALE, taken)
 
     def _encoder(self) -> None:
         for level, block in enumerate(self.small.down_blocks):

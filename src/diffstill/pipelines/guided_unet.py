@@ -97,7 +97,7 @@ class GuidedUNet2DModel(UNet2DModel):
             raise ValueError(f"guidance_embed_type {guidance_embed_type!r} is not known; use lcm or fourier")
         # UNet2DModel's config was registered with its own arguments alone.
         self.register_to_config(guidance_embed_dim=guidance_embed_dim, guidance_embed_type=guidance_embed_type)
-        width = self.class_embedding.embedding_dim
+        width: int = time_embedding_dim or block_out_channels[0] * 4
         self.class_embedding = LabelAndScaleEmbedding(num_class_embeds, width, guidance_embed_dim, guidance_embed_type)
 
     def forward(

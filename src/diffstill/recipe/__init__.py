@@ -10,6 +10,7 @@ from .loading import (
     to_yaml,
 )
 from .schema import (
+    AS_TEACHER,
     ArenaSpec,
     ArmSpec,
     DistillRecipe,
@@ -24,6 +25,7 @@ from .schema import (
 )
 
 __all__ = [
+    "AS_TEACHER",
     "ArenaSpec",
     "ArmSpec",
     "RespaceSpec",

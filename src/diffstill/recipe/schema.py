@@ -14,7 +14,7 @@ from ..diffusion.sampling import ClipMode
 from ..diffusion.schedule import NoiseSchedule, Spacing, spaced_indices
 from ..engine.settings import TrainSettings
 from ..methods import METHODS, Options
-from ..models.adapters import FAMILIES
+from ..models.adapters import FAMILIES, guided_unet2d
 from .problems import nearest, one_line
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -35,21 +35,31 @@ class ScheduleSpec(Section):
         return NoiseSchedule.create(self.name, self.num_train_timesteps)
 
 
+AS_TEACHER = "teacher"
+"""The family of a student that is built as its teacher is, and takes the guidance scale where its method needs that."""
+NETWORKS: dict[str, dict[str, Any]] = {AS_TEACHER: guided_unet2d.OPTIONS} | {
+    name: family.options for name, family in sorted(FAMILIES.items(), reverse=True)
+}
+"""Family -> its options and their defaults."""
+
+
 class NetworkSpec(BaseModel):
     """A network by family; all other keys are the family's options."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
-    family: str = Field("unet2d", description="unet2d or dit")
+    family: str = Field(
+        "unet2d", description="unet2d, guided_unet2d (takes the scale), dit, or teacher: built as the teacher is"
+    )
     init: Literal["fresh", "inherit", "magnitude"] | None = Field(
         None, description="how a student starts; null: as its method says (fresh, for most)"
     )
 
     @model_validator(mode="after")
     def _known(self) -> NetworkSpec:
-        if self.family not in FAMILIES:
-            raise ValueError(f"unknown family {self.family!r}; one of {', '.join(FAMILIES)}")
-        known = FAMILIES[self.family].options
+        if self.family not in NETWORKS:
+            raise ValueError(f"unknown family {self.family!r}; one of {', '.join(NETWORKS)}")
+        known = NETWORKS[self.family]
         for key in self.model_extra or {}:
             if key not in known:
                 raise ValueError(f"unknown key {key!r}{nearest(key, known)}; {self.family} knows {', '.join(known)}")
@@ -160,6 +170,9 @@ class RespaceSpec(Section):
     steps: int | None = Field(None, ge=1, description="how many, evenly spaced")
     spacing: Spacing = Field("leading", description="leading: from 0 on, as released; trailing: up to T-1")
     timesteps: tuple[int, ...] | None = Field(None, description="which, instead of steps: any increasing sequence")
+    teacher_steps: int | None = Field(
+        None, ge=1, description="evenly spaced steps that the teacher itself is seen with; null: all it has"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> RespaceSpec:
@@ -226,6 +239,8 @@ class TrainRecipe(Base):
     def _sensible(self) -> TrainRecipe:
         if METHODS[self.method.name].teacher_needs:
             raise ValueError(f"method {self.method.name!r} needs a teacher: use kind: distill")
+        if self.network.family == AS_TEACHER:
+            raise ValueError("network.family teacher needs a teacher: use kind: distill, or name the family")
         if self.network.init not in (None, "fresh"):
             raise ValueError(f"network.init {self.network.init!r} needs a teacher: use kind: distill")
         return self
@@ -245,6 +260,8 @@ class DistillRecipe(Base):
 
     @model_validator(mode="after")
     def _named(self) -> DistillRecipe:
+        if METHODS[self.method.name].fewer_steps and self.respace is None:
+            raise ValueError(f"respace: say how many steps a {self.method.name} student has, e.g. respace.steps=8")
         for name in (*self.beside, *self.arena.arms):
             if not re.fullmatch(NAME, name) or name in ("teacher", "strided-teacher", "student", self.name):
                 taken = f"teacher, strided-teacher, student, {self.name}"
