@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ..data.dataset import ImageData
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.prediction import PredictionType
+from ..diffusion.schedule import NoiseSchedule, spaced_indices
 from ..engine.arm import Arm
 from ..engine.loop import Progress, Trainer
 from ..engine.runtime import Runtime
@@ -26,6 +27,8 @@ from ..models.denoiser import Denoiser
 
 BATCH = 8
 STEPS = 6
+FEWER = 8
+"""Steps of the students of methods that make fewer."""
 
 
 class Killed(Exception):
@@ -52,8 +55,14 @@ class Bench:
         self.method_class = method
         self.own_networks = teacher is not None or student is not None
         self.options = parse_options(method, options or {})
-        self._teacher = on_cpu(teacher) if teacher else tiny_denoiser((8, 16), 1, student)
-        self._student = on_cpu(student) if student else tiny_denoiser((8, 8), 2, teacher)
+        # Losses on the clean image's error are for predictions that tell it also where nothing but noise is left.
+        kind: PredictionType = "v_prediction" if method.scale_input or method.fewer_steps else "epsilon"
+        family = "guided_unet2d" if method.scale_input else "unet2d"
+        self._teacher = on_cpu(teacher) if teacher else tiny_denoiser((8, 16), 1, student, kind)
+        self._student = on_cpu(student) if student else tiny_denoiser((8, 8), 2, teacher, kind, family)
+        if method.fewer_steps and teacher is None and student is None:
+            self._teacher = self._teacher.respaced(spaced_indices(self._teacher.schedule.T, FEWER, "trailing"))
+            self._student.schedule = self._teacher.schedule
         self.method()
 
     @cached_property
@@ -148,21 +157,29 @@ def on_cpu(denoiser: Denoiser) -> Denoiser:
     return denoiser.with_network(copy.deepcopy(denoiser.network).cpu().requires_grad_(True).train())
 
 
-def tiny_denoiser(widths: tuple[int, ...], seed: int, like: Denoiser | None = None) -> Denoiser:
+def tiny_denoiser(
+    widths: tuple[int, ...],
+    seed: int,
+    like: Denoiser | None = None,
+    kind: PredictionType = "epsilon",
+    family: str = "unet2d",
+) -> Denoiser:
     """A random U-Net of a few thousand parameters, for the images, classes and schedule of ``like``."""
     shape = like.sample_shape if like else (1, 8, 8)
     classes = like.num_classes if like else 3
     schedule = like.schedule if like else NoiseSchedule.create("cosine", 1000)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = FAMILIES["unet2d"].build(
+        network = FAMILIES[family].build(
             sample_shape=shape,
             num_classes=classes,
             block_out_channels=widths,
             layers_per_block=1,
             norm_num_groups=4,
         )
-    return Denoiser(network, schedule, classes, shape, like.prediction_type if like else "epsilon")
+    made = Denoiser(network, schedule, classes, shape, like.prediction_type if like else kind)
+    made.scale_range = (1.0, 2.0) if FAMILIES[family].takes_scale else None
+    return made
 
 
 def random_images(denoiser: Denoiser, count: int = 5 * BATCH) -> ImageData:

@@ -50,6 +50,8 @@ def null_branch(bench: Bench) -> str:
     method = bench.method()
     if not method.guided:
         raise NotApplicable("the student is sampled without guidance")
+    if method.student.takes_scale:
+        return _scale_input(bench, method)
     null = method.student.null_label
     rows = [m for m in unwrap(method.student.network).modules() if isinstance(m, nn.Embedding)]
     rows = [m for m in rows if m.num_embeddings == null + 1]
@@ -62,6 +64,15 @@ def null_branch(bench: Bench) -> str:
         found = "receives a gradient" if reached else "receives no gradient, so guidance is not trained"
         raise Broken(f"the null row {found}; trains_null says {method.trains_null}")
     return "trained" if reached else "note: the null row stays as it was, guidance is not trained (trains_null = False)"
+
+
+def _scale_input(bench: Bench, method: Method) -> str:
+    """A student whose guidance scale is an input learns what the scale does."""
+    bench.loss(method, bench.batch()).total.backward()
+    scale = [p for name, p in unwrap(method.student.network).named_parameters() if "scale" in name]
+    if not any(p.grad is not None and bool(p.grad.any()) for p in scale):
+        raise Broken("no gradient reaches the parameters of the scale input, so guidance is not trained")
+    return "the scale is an input, and trained"
 
 
 def modules(bench: Bench) -> str:
