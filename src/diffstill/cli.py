@@ -121,6 +121,8 @@ def build_parser() -> argparse.ArgumentParser:
     demo.add_argument("--fresh", action="store_true", help="throw an earlier demo away and start over")
     recipe_command("train", _train, "train a class-conditional teacher", "diffstill train digits-teacher")
     recipe_command("distill", _train, "distil a student from a teacher", "diffstill distill digits-dash seed=1")
+    recipe_command("chain", _train, "stages one after another: smaller, then fewer steps",
+                   "diffstill chain cascade-digits")  # fmt: skip
     arena = recipe_command("arena", _arena, "train several methods against one teacher in one pass, and compare",
                            "diffstill arena digits-arena --methods dash,composite --seeds 3")  # fmt: skip
     arena.add_argument("--methods", default=None, help="comma-separated arms or methods (default: the recipe's arms)")
@@ -195,6 +197,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from .jobs.chain import chain
     from .jobs.distill import distill
     from .jobs.plan import plan
     from .jobs.train import require_kind, train
@@ -208,7 +211,7 @@ def _train(arguments: argparse.Namespace) -> int:
         return 0
     out = arguments.out or Path("runs") / recipe.name
     try:
-        job: Any = train if recipe.kind == "train" else distill
+        job: Any = {"train": train, "distill": distill, "chain": chain}[recipe.kind]
         finished = job(recipe, out, runtime, ui, fresh=arguments.fresh)
     finally:
         runtime.close()

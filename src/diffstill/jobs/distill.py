@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..data.sources import DataSplits, load_data
+from ..engine.loop import Trainer
 from ..engine.runtime import Runtime
 from ..errors import InputError, RunFailed
 from ..evaluation.guidance_fidelity import FidelityProbe
@@ -100,6 +101,58 @@ def obtain_teacher(
     return respaced(teacher, recipe.respace), [summary]
 
 
+def train_student(
+    recipe: DistillRecipe,
+    data: DataSplits,
+    teacher: Teacher,
+    work: Path,
+    model: Path,
+    runtime: Runtime,
+    ui: Ui,
+    name: str | None = None,
+) -> Trainer:
+    """Trains (or resumes, or finds finished) the recipe's student in ``work`` and saves it as ``model``.
+
+    Args:
+        name: of the student; None: the recipe's.
+
+    Returns:
+        The trainer; its first arm is the student, the others those beside it.
+
+    Raises:
+        RunFailed, Interrupted: see ``Trainer.run``.
+    """
+    name = name or recipe.name
+    _, method = prepare_student(recipe, data, teacher)
+    probe = None
+    if METHODS[recipe.method.name].guided:
+        probe = FidelityProbe(teacher.denoiser, probe_data(data), pairs=PROBE_PAIRS, seed=recipe.seed)
+    beside = {arm: build_arm(recipe, spec, teacher, recipe.seed) for arm, spec in recipe.beside.items()}
+    trainer = run_stage(
+        [Planned(name, method), *(Planned(arm, other) for arm, other in beside.items())],
+        title=f"distill {name}",
+        data=data,
+        flip=recipe.data.flip,
+        settings=recipe.training,
+        seed=recipe.seed,
+        runtime=runtime,
+        run_dir=work,
+        ui=ui,
+        teacher=teacher.denoiser,
+        probe=probe,
+        timed=bool(beside),
+    )
+    arm = trainer.arms[0]
+    if arm.failed is not None:
+        raise RunFailed(f"{arm.failed}; try a lower training.lr or training.precision=fp32")
+    if runtime.is_main:
+        save_trained(
+            model, arm.student, method, recipe=recipe, data=data, images=arm.images, teacher=teacher.lineage, name=name
+        )
+    runtime.barrier()
+    return trainer
+
+
 def distill(
     recipe: DistillRecipe,
     out: Path,
@@ -128,33 +181,9 @@ def distill(
     folder.claim()
     runtime.barrier()
     teacher, summaries = obtain_teacher(recipe, data, folder, runtime, ui)
-    _, method = prepare_student(recipe, data, teacher)
-    probe = None
-    if METHODS[recipe.method.name].guided:
-        probe = FidelityProbe(teacher.denoiser, probe_data(data), pairs=PROBE_PAIRS, seed=recipe.seed)
-    beside = {name: build_arm(recipe, spec, teacher, recipe.seed) for name, spec in recipe.beside.items()}
-    trainer = run_stage(
-        [Planned(recipe.name, method), *(Planned(name, other) for name, other in beside.items())],
-        title=f"distill {recipe.name}",
-        data=data,
-        flip=recipe.data.flip,
-        settings=recipe.training,
-        seed=recipe.seed,
-        runtime=runtime,
-        run_dir=out,
-        ui=ui,
-        teacher=teacher.denoiser,
-        probe=probe,
-        timed=bool(beside),
-    )
+    trainer = train_student(recipe, data, teacher, out, folder.model, runtime, ui)
     arm, *others = trainer.arms
-    if arm.failed is not None:
-        raise RunFailed(f"{arm.failed}; try a lower training.lr or training.precision=fp32")
-    if runtime.is_main:
-        save_trained(
-            folder.model, arm.student, method, recipe=recipe, data=data, images=arm.images, teacher=teacher.lineage
-        )
-    runtime.barrier()
+    method = arm.method
     summaries.append(summarise(trainer, arm, recipe.name, "log.jsonl"))
     loaded = load_model(folder.model, runtime.device)
     subjects = [

@@ -73,6 +73,7 @@ def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime) -> E
         pairs=spec.pairs,
         clip=spec.clip,
         batch_size=spec.batch_size,
+        cost_batches=spec.latency_batches,
     )
     return Evaluator(data, extractor, settings)
 

@@ -6,22 +6,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..data.sources import load_data
+from ..data.sources import DataSplits, load_data
 from ..engine.runtime import Runtime
 from ..engine.settings import TrainSettings
 from ..evaluation.cost import TrainingForecast, predict_cost
 from ..methods import Method, Setting
 from ..models.denoiser import Denoiser
-from ..recipe import ArmSpec, DistillRecipe, TrainRecipe, resolved, to_yaml
+from ..recipe import AnyRecipe, ArmSpec, ChainRecipe, TrainRecipe, resolved, to_yaml
 from .build import build_arm, build_denoiser, build_method, check_run
 from .distill import blank_teacher, prepare_student, teacher_recipe
+from .stages import check_stages, stages_of
 
 
 @dataclass(frozen=True)
 class Plan:
     """A recipe and a forecast for each training that it would do."""
 
-    recipe: TrainRecipe | DistillRecipe
+    recipe: AnyRecipe
     forecasts: dict[str, tuple[TrainingForecast, int]]
     """Stage -> (forecast, images)."""
 
@@ -55,13 +56,15 @@ def _seconds(forecast: TrainingForecast, images: int) -> float:
     return forecast.seconds_per_1000_images * images / 1000
 
 
-def plan(recipe: TrainRecipe | DistillRecipe, runtime: Runtime, arms: Mapping[str, ArmSpec] | None = None) -> Plan:
+def plan(recipe: AnyRecipe, runtime: Runtime, arms: Mapping[str, ArmSpec] | None = None) -> Plan:
     """What a run would refuse of recipe, data and networks is refused here too; the rest is forecast on its device.
 
     Args:
         arms: of an arena; each is forecast by itself.
     """
     data = load_data(recipe.data)
+    if isinstance(recipe, ChainRecipe):
+        return Plan(recipe, _plan_chain(recipe, data, runtime))
     settings = recipe.training
     if isinstance(recipe, TrainRecipe):
         denoiser = build_denoiser(
@@ -86,9 +89,21 @@ def plan(recipe: TrainRecipe | DistillRecipe, runtime: Runtime, arms: Mapping[st
     return Plan(recipe, forecasts)
 
 
+def _plan_chain(recipe: ChainRecipe, data: DataSplits, runtime: Runtime) -> dict[str, tuple[TrainingForecast, int]]:
+    stages = stages_of(recipe)
+    blanks = check_stages(stages, data, runtime)
+    found = {}
+    for stage in stages:
+        method = blanks[stage.name].method
+        if method is not None and stage.recipe is not None:
+            settings = stage.recipe.training
+            found[stage.name] = _forecast(method, method.teacher, settings, runtime), settings.images
+    return found
+
+
 def _forecast(method: Method, teacher: Denoiser | None, settings: TrainSettings, runtime: Runtime) -> TrainingForecast:
     runtime.place(method.student.network, channels_last=False)
-    passes = len(method.teacher_needs & {"cond", "null"})
+    passes = method.teacher_passes
     if teacher is not None:
         runtime.place(teacher.network, channels_last=False)
     return predict_cost(

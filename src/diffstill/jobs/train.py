@@ -14,7 +14,7 @@ from ..methods.base import Method
 from ..models.denoiser import Denoiser
 from ..models.folder import load_model, save_model
 from ..models.lineage import DataRef, Lineage
-from ..recipe import DistillRecipe, TrainRecipe, resolved
+from ..recipe import AnyRecipe, DistillRecipe, TrainRecipe, resolved
 from ..report.receipt import Receipt, TrainingSummary
 from .build import Teacher, as_teacher, build_denoiser, build_method, check_run
 from .finish import Subject, evaluator_for, finish_run
@@ -129,7 +129,7 @@ def train(recipe: TrainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
     return Finished(out, receipt)
 
 
-def require_kind(recipe: TrainRecipe | DistillRecipe, kind: str) -> None:
+def require_kind(recipe: AnyRecipe, kind: str) -> None:
     """The command must fit the recipe."""
     if recipe.kind != kind:
         raise InputError(

@@ -216,6 +216,11 @@ class Method(ABC):
     def schedule(self) -> NoiseSchedule:
         return self.student.schedule
 
+    @property
+    def teacher_passes(self) -> int:
+        """Teacher forwards an image and step; what ``--dry-run`` predicts with."""
+        return len(self.teacher_needs & {"cond", "null"})
+
     @abstractmethod
     def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
         """The loss of one (micro-)batch; gradients reach only ``self.roles``."""

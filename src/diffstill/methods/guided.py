@@ -96,6 +96,10 @@ class Guided(Method):
         self.student.scale_range = ends
         self.frozen["weights"] = TimestepWeights(self.schedule, self.student.prediction_type, self.options.weighting)
 
+    @property
+    def teacher_passes(self) -> int:
+        return 1 if self.teacher.takes_scale else 2
+
     def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
         assert teacher is not None
         o = self.options

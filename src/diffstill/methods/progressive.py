@@ -14,7 +14,7 @@ from ..models.denoiser import Denoiser
 from .base import Batch, Losses, Method, Options, Setting, TeacherOutputs, per_sample_mse, register
 from .distillation import require_teacher
 from .guided import TimestepWeights, drawn_scales
-from .trajectory import JUMP, trajectory_target
+from .trajectory import JUMP, evaluations, trajectory_target
 
 
 class ProgressiveOptions(Options):
@@ -83,6 +83,10 @@ class Progressive(Method):
                 "use sampler: stochastic and respace: {steps: half the teacher's, spacing: trailing}",
                 problem="does not fit a teacher that was made for the stochastic sampler",
             )
+
+    @property
+    def teacher_passes(self) -> int:
+        return (1 + self._both) * evaluations(self.teacher, self.options.teacher_evaluations, self.reach)
 
     def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
         assert teacher is not None

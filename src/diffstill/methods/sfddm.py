@@ -16,7 +16,7 @@ from ..models.features import Projector, tapped
 from .base import Batch, Losses, Method, Options, RoleOptimizer, Setting, TeacherOutputs, register
 from .distillation import require_teacher
 from .fitnets import feature_widths
-from .trajectory import trajectory_target
+from .trajectory import evaluations, trajectory_target
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "l1": functional.l1_loss,
@@ -81,6 +81,13 @@ class Sfddm(Method):
         self.copy_parts = dict.fromkeys(parts, 0.0)
         if features:
             self._bridge_widths()
+
+    @property
+    def teacher_passes(self) -> int:
+        outputs = super().teacher_passes
+        if self.options.target == "teacher_output":
+            return outputs
+        return outputs + self.student_passes * evaluations(self.teacher, self.options.trajectory_steps)
 
     def _bridge_widths(self) -> None:
         mine, theirs = (feature_widths(each).get(FEATURE) for each in (self.student, self.teacher))

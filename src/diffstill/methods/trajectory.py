@@ -38,12 +38,9 @@ def trajectory_target(
     Returns:
         (B, C, H, W) in the teacher's prediction type.
     """
-    whole = torch.arange(teacher.schedule.T, device=t.device)
-    origin, chosen = teacher.origin or (teacher, whole)
-    ends = torch.cat([whole.new_full((reach,), -1), chosen.to(t.device)])
+    origin, ends, count = _way(teacher, steps, reach)
+    ends = ends.to(t.device)
     start, end = ends[t + reach], ends[t]
-    longest = int((ends[reach:] - ends[:-reach]).max())
-    count = -(-longest // JUMP) if origin.sampler == "stochastic" else min(steps or longest, longest)
     x, at = x_t, start
     for number in range(1, count + 1):
         if origin.sampler == "stochastic":  # shorter ways wait, so that every step made is a whole jump
@@ -54,10 +51,24 @@ def trajectory_target(
         out = origin(x, at, labels) if scale is None else origin.guided(x, at, labels, scale)
         x = ddim_step(origin.x0(out, x, at), x, alpha, sigma, *_level(origin, following, x))
         at = following
-    alpha, sigma = origin.schedule.at(start, x.ndim, x.dtype)
-    reached = one_step_target(x_t, x, alpha, sigma, *_level(origin, end, x))
+    # The student's own levels: a respaced schedule keeps more signal in its noisiest step than the origin's may have.
+    alpha, sigma = teacher.schedule.at(t, x.ndim, x.dtype)
+    reached = one_step_target(x_t, x, alpha, sigma, *_level(teacher, t - reach, x))
     noise = (x_t - alpha * reached) / sigma
     return target(reached, noise, alpha, sigma, teacher.prediction_type)
+
+
+def evaluations(teacher: Denoiser, steps: int | None = None, reach: int = 1) -> int:
+    """Teacher evaluations an image that ``trajectory_target`` makes."""
+    return _way(teacher, steps, reach)[2]
+
+
+def _way(teacher: Denoiser, steps: int | None, reach: int) -> tuple[Denoiser, Tensor, int]:
+    """The model that goes the way, its timesteps from ``reach`` times -1 on, and in how many evaluations it goes."""
+    origin, chosen = teacher.origin or (teacher, torch.arange(teacher.schedule.T))
+    ends = torch.cat([torch.full((reach,), -1), chosen.cpu()])
+    longest = int((ends[reach:] - ends[:-reach]).max())
+    return origin, ends, -(-longest // JUMP) if origin.sampler == "stochastic" else min(steps or longest, longest)
 
 
 def _level(model: Denoiser, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

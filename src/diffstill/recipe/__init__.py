@@ -1,6 +1,8 @@
 """Recipes: a typed schema, YAML with ``extends``, dotted overrides. Bad recipes are refused in one clear line."""
 
+from .chain import ChainRecipe, StageSpec
 from .loading import (
+    AnyRecipe,
     builtin_recipes,
     differences,
     load_recipe,
@@ -17,7 +19,6 @@ from .schema import (
     EvaluationSpec,
     MethodSpec,
     NetworkSpec,
-    Recipe,
     RespaceSpec,
     ScheduleSpec,
     TeacherSpec,
@@ -26,6 +27,9 @@ from .schema import (
 
 __all__ = [
     "AS_TEACHER",
+    "AnyRecipe",
+    "ChainRecipe",
+    "StageSpec",
     "ArenaSpec",
     "ArmSpec",
     "RespaceSpec",
@@ -33,7 +37,6 @@ __all__ = [
     "EvaluationSpec",
     "MethodSpec",
     "NetworkSpec",
-    "Recipe",
     "ScheduleSpec",
     "TeacherSpec",
     "TrainRecipe",

@@ -6,16 +6,20 @@ import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from ..errors import InputError
+from .chain import ChainRecipe
 from .problems import nearest, one_line
-from .schema import ADAPTER, DistillRecipe, TrainRecipe
+from .schema import DistillRecipe, TrainRecipe
 
 S = TypeVar("S", bound=BaseModel)
+AnyRecipe = TrainRecipe | DistillRecipe | ChainRecipe
+ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Annotated[AnyRecipe, Field(discriminator="kind")])
+KINDS: dict[str, type[BaseModel]] = {"train": TrainRecipe, "distill": DistillRecipe, "chain": ChainRecipe}
 
 
 class _Loader(yaml.SafeLoader):
@@ -50,7 +54,7 @@ def builtin_recipes() -> dict[str, str]:
     }
 
 
-def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> TrainRecipe | DistillRecipe:
+def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) -> AnyRecipe:
     """A recipe by built-in name or YAML path, with ``extends`` resolved and dotted overrides applied.
 
     Args:
@@ -66,14 +70,14 @@ def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
     return parse_recipe(tree)
 
 
-def parse_recipe(tree: Mapping[str, Any]) -> TrainRecipe | DistillRecipe:
+def parse_recipe(tree: Mapping[str, Any]) -> AnyRecipe:
     """A recipe from a plain mapping (``extends`` already resolved)."""
-    if tree.get("kind") not in ("train", "distill"):
-        raise InputError("kind", tree.get("kind"), "use train or distill")
+    if tree.get("kind") not in KINDS:
+        raise InputError("kind", tree.get("kind"), f"use {', '.join(KINDS)}")
     try:
         return ADAPTER.validate_python(dict(tree))
     except ValidationError as error:
-        raise one_line(error, {"train": TrainRecipe, "distill": DistillRecipe}) from None
+        raise one_line(error, KINDS) from None
 
 
 def override_section(section: S, overrides: Sequence[str], field: str) -> S:

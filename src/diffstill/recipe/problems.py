@@ -27,7 +27,10 @@ def one_line(error: ValidationError, model: Models | None = None, within: tuple[
     """
     problems = error.errors(include_url=False)
     first = problems[0]
-    place = [*within, *(str(part) for part in first["loc"] if part not in ("train", "distill"))]
+    loc = [str(part) for part in first["loc"]]
+    if isinstance(model, Mapping):  # the tag of the union is no key of the recipe
+        loc = loc[1:] if loc and loc[0] in model else loc
+    place = [*within, *loc]
     field = ".".join(place) or "recipe"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     message = first["msg"].removeprefix("Value error, ")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..data.sources import DataSpec
 from ..diffusion.guidance import parse_guidance
@@ -116,6 +116,7 @@ class EvaluationSpec(Section):
     pairs: int = Field(2000, ge=10, description="held-out (x_t, t, y) for guidance fidelity")
     clip: ClipMode = Field("recompute", description="what DDIM does after clipping x0 (D23)")
     batch_size: int = Field(500, gt=0, description="images sampled at once; no result depends on it")
+    latency_batches: tuple[int, ...] = Field((1, 64), description="images sampled at once where time is measured")
     default_guidance: str | None = Field(None, description="stored in the pipeline; null: the scale of the best FD")
 
     @field_validator("guidance", mode="before")
@@ -272,6 +273,3 @@ class DistillRecipe(Base):
     def subject(self) -> NetworkSpec:
         return self.student
 
-
-Recipe = Annotated[TrainRecipe | DistillRecipe, Field(discriminator="kind")]
-ADAPTER: TypeAdapter[TrainRecipe | DistillRecipe] = TypeAdapter(Recipe)

@@ -147,7 +147,7 @@ class Receipt(Document):
     schema_id: Literal["diffstill-receipt/1"] = "diffstill-receipt/1"
     version: str = Field(default_factory=lambda: __version__, description="of diffstill")
     created: str = Field(default_factory=utc_now, description="ISO 8601, UTC")
-    kind: Literal["train", "distill", "eval", "demo"]
+    kind: Literal["train", "distill", "eval", "demo", "chain"]
     name: str
     recipe: dict[str, Any] = Field({}, description="as resolved: every default filled in")
     seed: int
@@ -162,11 +162,20 @@ class Receipt(Document):
     @field_validator("models")
     @classmethod
     def _in_order(cls, models: dict[str, ModelEvaluation]) -> dict[str, ModelEvaluation]:
-        """Teacher, student, then the rest: JSON keeps no order, and a page made again is to be the same page."""
-        return dict(sorted(models.items(), key=lambda item: (item[0] != "teacher", item[0] != "student", item[0])))
+        """Stages in their order; else teacher, student, the rest: JSON keeps no order, and a page made again is to be
+        the same page."""
+
+        def place(item: tuple[str, ModelEvaluation]) -> tuple[int, bool, bool, str]:
+            name, model = item
+            return model.place or 0, name != "teacher", name != "student", name
+
+        return dict(sorted(models.items(), key=place))
 
     @property
     def teacher(self) -> ModelEvaluation | None:
+        """What the subject is measured against: of a chain its first stage, else the model of that role."""
+        if self.kind == "chain":
+            return next(iter(self.models.values()), None)
         return self.models.get("teacher")
 
     @property

@@ -1,0 +1,244 @@
+"""``diffstill chain``: stages one after another, each an artefact of its own, none done twice for the same inputs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from ..data.sources import DataSplits, load_data
+from ..disk import write_text
+from ..engine.runtime import Runtime
+from ..errors import InputError, RunFailed
+from ..evaluation.protocol import Evaluator
+from ..evaluation.results import ModelEvaluation
+from ..models.denoiser import Denoiser
+from ..models.folder import LoadedModel, load_model
+from ..models.lineage import weights_sha256
+from ..recipe import ChainRecipe, TrainRecipe, resolved
+from ..report.page import write_report
+from ..report.receipt import Receipt, TrainingSummary, environment
+from .build import as_teacher, respaced
+from .distill import train_student
+from .finish import Subject, ancestry, describe_data, draw_pictures, evaluate_subjects, evaluator_for, refresh_card
+from .stage import summarise
+from .stages import Stage, check_stages, digest, stages_of
+from .train import Finished, train_teacher
+from .ui import Ui
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A stage that is done."""
+
+    name: str
+    loaded: LoadedModel
+    method: str
+    sha256: str
+    root: Denoiser
+    """The first model of its line."""
+    steps: Tensor
+    """(T,) int64: which of the first model's timesteps its own are."""
+    summary: TrainingSummary | None
+
+
+class ChainFolder:
+    """``recipe.yaml``, ``stages/<name>-<hash>/``, ``receipt.json``, ``report.html``.
+
+    A stage's folder is named after the hash of its inputs, so that a changed recipe finds what it can still use, and
+    nothing that an earlier one made is overwritten.
+
+    Raises:
+        InputError: where the folder holds something else. Nothing is written before ``claim``.
+    """
+
+    def __init__(self, path: Path, recipe: ChainRecipe, *, fresh: bool, write: bool) -> None:
+        self.path, self._recipe, self._fresh, self._write = path, recipe, fresh, write
+        file = path / "recipe.yaml"
+        if not write:
+            return
+        if path.exists() and not path.is_dir():
+            raise InputError("out", str(path), "give a folder", problem="is a file")
+        if file.exists():
+            held = self._held(file)
+            if (held.get("kind"), held.get("name")) != ("chain", recipe.name):
+                problem = f"holds another run ({held.get('name')})"
+                raise InputError("out", str(path), "use another --out", problem=problem)
+        elif path.exists() and any(path.iterdir()):
+            raise InputError("out", str(path), "choose an empty or new folder", problem="holds files that are no run")
+
+    def _held(self, file: Path) -> dict[str, object]:
+        try:
+            held = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise InputError("out", str(self.path), "use another --out", problem=f"cannot be read ({error})") from None
+        return held if isinstance(held, dict) else {}
+
+    def claim(self) -> None:
+        """Makes the folder this chain's; with ``fresh``, empties it first."""
+        if not self._write:
+            return
+        try:
+            if self._fresh and (self.path / "recipe.yaml").exists():
+                shutil.rmtree(self.path)
+            (self.path / "stages").mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(resolved(self._recipe), sort_keys=False, allow_unicode=True)
+            write_text(self.path / "recipe.yaml", text)
+        except OSError as error:
+            raise RunFailed(f"cannot write to {self.path}: {error}") from error
+
+    def stage(self, name: str, sha256: str) -> Path:
+        return self.path / "stages" / f"{name}-{sha256[:8]}"
+
+
+def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bool = False) -> Finished:
+    """A whole ``diffstill chain``: every stage, its evaluation, one receipt and one report.
+
+    Raises:
+        InputError: stages, data or a folder that do not fit, before anything is written.
+        RunFailed, Interrupted: see ``Trainer.run``; the same call goes on in the stage where it stopped.
+    """
+    data = load_data(recipe.data)
+    stages = stages_of(recipe)
+    check_stages(stages, data, runtime)
+    folder = ChainFolder(out, recipe, fresh=fresh, write=runtime.is_main)
+    evaluator = evaluator_for(recipe.evaluation, data, runtime)
+    folder.claim()
+    runtime.barrier()
+    done: dict[str, Artefact] = {}
+    models: dict[str, ModelEvaluation] = {}
+    redone = False
+    for stage in stages:
+        done[stage.name], trained = _artefact(stage, done, data, folder, runtime, ui)
+        models[stage.name], measured = _measured(len(models), done[stage.name], data, folder, evaluator, runtime, ui)
+        redone |= trained or measured
+    receipt = Receipt(
+        kind="chain",
+        name=recipe.name,
+        recipe=resolved(recipe),
+        seed=recipe.seed,
+        environment=environment(runtime.device),
+        data=describe_data(data),
+        protocol=evaluator.protocol,
+        models=models,
+        lineage=ancestry([a.loaded.folder for a in done.values()]) if runtime.is_main else [],
+        training=[a.summary for a in done.values() if a.summary is not None],
+    )
+    file = out / "receipt.json"
+    already = not redone and file.exists() and Receipt.load(file).recipe == receipt.recipe
+    if runtime.is_main and not already:
+        write_report(receipt, out, out / "report.html")
+        receipt.save(file)
+    runtime.barrier()
+    return Finished(out, Receipt.load(file) if already else receipt, already=already)
+
+
+def _artefact(
+    stage: Stage, done: dict[str, Artefact], data: DataSplits, folder: ChainFolder, runtime: Runtime, ui: Ui
+) -> tuple[Artefact, bool]:
+    """A stage's model, trained now or found finished; whether it was trained now."""
+    before = done.get(stage.of or "")
+    if stage.recipe is None:
+        loaded = load_model(stage.model or "", runtime.device)
+        return _line(stage.name, loaded, loaded.lineage.method if loaded.lineage else ""), False
+    inputs = stage.inputs(data, before.sha256 if before else None)
+    home = folder.stage(stage.name, digest(inputs))
+    mark = home / "stage.json"
+    found = mark.exists()
+    if not found:
+        _train(stage, before, data, home, runtime, ui)
+    told = json.loads(mark.read_text(encoding="utf-8"))
+    loaded = load_model(home / "model", runtime.device)
+    if weights_sha256(loaded.denoiser.network) != told["weights_sha256"]:
+        problem = "has other weights than its stage.json says"
+        raise InputError("stage", str(home), "delete the folder to train the stage again", problem=problem)
+    summary = TrainingSummary.model_validate(told["training"])
+    return _line(stage.name, loaded, stage.recipe.method.name, summary, before), not found
+
+
+def _line(
+    name: str, loaded: LoadedModel, method: str, summary: TrainingSummary | None = None, before: Artefact | None = None
+) -> Artefact:
+    """The artefact at its place in its line: its steps are told as the first model's."""
+    sha256 = weights_sha256(loaded.denoiser.network)
+    if before is None:
+        whole = torch.arange(loaded.denoiser.schedule.T)
+        return Artefact(name, loaded, method, sha256, loaded.denoiser, whole, summary)
+    chosen = loaded.lineage.timesteps if loaded.lineage else []
+    steps = before.steps[torch.tensor(chosen)] if chosen else before.steps
+    return Artefact(name, loaded, method, sha256, before.root, steps, summary)
+
+
+def _train(
+    stage: Stage, before: Artefact | None, data: DataSplits, home: Path, runtime: Runtime, ui: Ui
+) -> None:
+    """Trains a stage in ``home`` and marks it as done, with the mark last."""
+    recipe = stage.recipe
+    assert recipe is not None
+    if isinstance(recipe, TrainRecipe):
+        _, summary = train_teacher(recipe, data, home, home / "model", runtime, ui)
+    else:
+        assert before is not None
+        teacher = as_teacher(before.loaded, before.name)
+        teacher.denoiser.network.to(runtime.device)
+        trainer = train_student(
+            recipe, data, respaced(teacher, recipe.respace), home, home / "model", runtime, ui, name=stage.name
+        )
+        summary = summarise(trainer, trainer.arms[0], stage.name, "log.jsonl")
+    if runtime.is_main:
+        curve = home.relative_to(home.parent.parent) / "log.jsonl"
+        told = {
+            "name": stage.name,
+            "of": stage.of,
+            "inputs": stage.inputs(data, before.sha256 if before else None),
+            "weights_sha256": weights_sha256(load_model(home / "model").denoiser.network),
+            "training": summary.model_copy(update={"curve": str(curve)}).model_dump(mode="json"),
+        }
+        write_text(home / "stage.json", json.dumps(told, indent=1) + "\n")
+    runtime.barrier()
+
+
+def _measured(
+    place: int,
+    made: Artefact,
+    data: DataSplits,
+    folder: ChainFolder,
+    evaluator: Evaluator,
+    runtime: Runtime,
+    ui: Ui,
+) -> tuple[ModelEvaluation, bool]:
+    """The artefact under the chain's protocol, measured now or found; whether it was measured now.
+
+    Models of more steps than the protocol's are sampled in so many, others in all their own. The guidance gap is
+    compared with that of the first model of the line, seen through the same steps.
+    """
+    model = made.loaded.denoiser
+    steps = min(evaluator.settings.steps, model.schedule.T)
+    against = None
+    if model is not made.root:
+        same = model.schedule.T == made.root.schedule.T
+        against = made.root if same else made.root.respaced(made.steps.tolist())
+    protocol = evaluator.protocol.model_dump(mode="json", exclude={"floor"})
+    protocol |= {"latency": list(evaluator.settings.cost_batches), "pairs": evaluator.settings.pairs}
+    root = weights_sha256(made.root.network)
+    key = digest({"protocol": protocol, "model": made.sha256, "root": root, "steps": steps})
+    file = folder.path / "stages" / f"{made.name}-{key[:8]}.json"
+    found = file.exists()
+    if found:
+        evaluation = ModelEvaluation.model_validate_json(file.read_text(encoding="utf-8"))
+    else:
+        subject = Subject(made.name, model, made.method, made.loaded.folder, made.loaded.guided, against, steps)
+        evaluation = evaluate_subjects([subject], evaluator, runtime, ui)[made.name]
+        if runtime.is_main:
+            drawn = replace(subject, role=file.stem)
+            evaluation.images.update(draw_pictures(drawn, evaluation, data, folder.path, steps))
+            if made.loaded.folder.parent.parent == folder.path / "stages":
+                refresh_card(made.loaded.folder, evaluation, folder.path, None)
+            write_text(file, evaluation.model_dump_json(indent=1) + "\n")
+        runtime.barrier()
+    return evaluation.model_copy(update={"place": place}), not found

@@ -1,0 +1,145 @@
+"""From the words of a chain recipe to its stages, each with a whole recipe of its own."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..data.sources import DataSplits
+from ..engine.runtime import Runtime
+from ..errors import InputError
+from ..methods import METHODS, Method, Setting
+from ..recipe import ChainRecipe, DistillRecipe, StageSpec, TrainRecipe, load_recipe, parse_recipe, resolved
+from .build import Teacher, build_denoiser, build_method, check_data, check_run, open_teacher, respaced
+from .distill import prepare_student
+
+UNHASHED = ("name", "description", "device", "evaluation", "teacher", "arena")
+"""Parts of a stage's recipe that its weights do not depend on (the teacher counts by its own)."""
+SHORT = 2
+"""Rounds of so few steps or fewer are the last ones, which are longer."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage before it is done: a recipe, or the name of a finished model."""
+
+    name: str
+    recipe: TrainRecipe | DistillRecipe | None
+    of: str | None = None
+    model: str | None = None
+
+    def inputs(self, data: DataSplits, teacher_sha256: str | None) -> dict[str, Any]:
+        """All that its weights are a function of."""
+        assert self.recipe is not None
+        kept = {key: value for key, value in resolved(self.recipe).items() if key not in UNHASHED}
+        return {"recipe": kept, "data": data.fingerprint(), "teacher": teacher_sha256}
+
+
+def digest(inputs: Mapping[str, Any]) -> str:
+    """SHA-256 of a stage's inputs."""
+    text = json.dumps(inputs, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def stages_of(recipe: ChainRecipe) -> list[Stage]:
+    """The chain's stages in their order, rounds told apart.
+
+    Raises:
+        InputError: a stage's recipe that does not fit its place.
+    """
+    found: list[Stage] = []
+    for name, spec in recipe.stages.items():
+        of = spec.of or (found[-1].name if found else None)
+        if spec.model is not None:
+            found.append(Stage(name, None, model=spec.model))
+            continue
+        for stage, overrides in _rounds(name, spec):
+            found.append(_stage(recipe, stage, spec, overrides, of))
+            of = stage
+    return found
+
+
+def _rounds(name: str, spec: StageSpec) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, further overrides) of each round; of the stage itself where it has none."""
+    if not spec.rounds:
+        yield name, {}
+        return
+    images = load_recipe(spec.recipe or "", spec.overrides).training.images  # type: ignore[union-attr]
+    for number, steps in enumerate(spec.rounds):
+        respace: dict[str, Any] = {"steps": steps, "spacing": "trailing", "teacher_steps": None, "timesteps": None}
+        if number == 0:
+            respace["teacher_steps"] = spec.start or 2 * steps
+        longer = spec.last_rounds_factor if steps <= SHORT else 1
+        yield f"{name}-{steps}", {"respace": respace, "training.images": images * longer, "evaluation.steps": steps}
+
+
+def _stage(recipe: ChainRecipe, name: str, spec: StageSpec, overrides: dict[str, Any], of: str | None) -> Stage:
+    field = f"stages.{name}"
+    base = load_recipe(spec.recipe or "", {**spec.overrides, **overrides})
+    if isinstance(base, ChainRecipe):
+        raise InputError(f"{field}.recipe", spec.recipe, "name a recipe of kind train or distill", problem="is a chain")
+    placed: dict[str, Any] = {"data": resolved(recipe)["data"], "seed": recipe.seed, "device": recipe.device}
+    if isinstance(base, TrainRecipe):
+        if spec.of is not None or spec.rounds:
+            problem = "trains from data alone, without of and rounds"
+            raise InputError(f"{field}.recipe", spec.recipe, "name a recipe of kind distill", problem=problem)
+        of = None
+    elif of is None:
+        mend = "begin with a recipe of kind train, or with model: a finished one"
+        raise InputError(f"{field}.recipe", spec.recipe, mend, problem="needs a teacher, and no stage comes before")
+    elif spec.rounds and not METHODS[base.method.name].fewer_steps:
+        raise InputError(f"{field}.rounds", list(spec.rounds), f"remove them: {base.method.name} makes no fewer steps")
+    else:
+        placed |= {"teacher": {"model": f"stage {of}", "recipe": None, "overrides": {}}, "beside": {}, "arena": {}}
+    made = parse_recipe({**resolved(base), **placed, "name": name})
+    assert not isinstance(made, ChainRecipe)
+    return Stage(name, made, of)
+
+
+@dataclass(frozen=True)
+class Blank:
+    """A stage's model before it is trained, and how it would be; a finished model has no method."""
+
+    model: Teacher
+    method: Method | None = None
+
+
+def check_stages(stages: list[Stage], data: DataSplits, runtime: Runtime) -> dict[str, Blank]:
+    """Builds every stage's networks, untrained, and refuses what would be refused hours later."""
+    found: dict[str, Blank] = {}
+    for stage in stages:
+        try:
+            if stage.recipe is None:
+                found[stage.name] = Blank(open_teacher(stage.model or "", stage.name))
+                check_data(data, found[stage.name].model.denoiser)
+            else:
+                found[stage.name] = _blank(stage.name, stage.recipe, stage.of, data, found, runtime)
+        except InputError as error:
+            raise InputError.about(f"stages.{stage.name}", str(error)) from None
+    return found
+
+
+def _blank(
+    name: str,
+    recipe: TrainRecipe | DistillRecipe,
+    of: str | None,
+    data: DataSplits,
+    known: Mapping[str, Blank],
+    runtime: Runtime,
+) -> Blank:
+    if isinstance(recipe, TrainRecipe):
+        denoiser = build_denoiser(
+            recipe.network, data.shape, data.num_classes, recipe.schedule.build(), recipe.prediction_type, recipe.seed
+        )
+        method = build_method(recipe.method, Setting(denoiser), recipe.seed)
+    else:
+        _, method = prepare_student(recipe, data, respaced(known[of or ""].model, recipe.respace))
+    check_run(recipe, method.schedule.T, runtime)
+    # The next stage's teacher is read back from its folder, where it is a model of its own steps.
+    student = method.student.with_network(copy.deepcopy(method.student.network))
+    student.origin = None
+    return Blank(Teacher(student.freeze(), method.curriculum, None, None, name), method)

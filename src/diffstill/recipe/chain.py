@@ -1,0 +1,72 @@
+"""A chain of stages: each a training of its own whose teacher is an earlier stage's model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from ..data.sources import DataSpec
+from .schema import NAME, EvaluationSpec, Section
+
+
+class StageSpec(Section):
+    """One stage, or with ``rounds`` one a number of steps, each the next one's teacher."""
+
+    recipe: str | None = Field(None, description="the recipe that trains it; its data and teacher are the chain's")
+    model: str | None = Field(None, description="instead of a recipe: a finished model, a folder or hub id")
+    overrides: dict[str, Any] = Field({}, description="dotted overrides of that recipe")
+    of: str | None = Field(None, description="the stage whose model is the teacher; null: the one before")
+    rounds: tuple[int, ...] = Field((), description="steps of the student, a stage each: 8, 4, 2, 1")
+    start: int | None = Field(
+        None, ge=1, description="steps that the first round's teacher is seen with; null: twice the first round's"
+    )
+    last_rounds_factor: int = Field(2, ge=1, description="how many times longer the rounds of 2 and of 1 steps are")
+
+    @field_validator("rounds")
+    @classmethod
+    def _falling(cls, rounds: tuple[int, ...]) -> tuple[int, ...]:
+        if any(steps < 1 for steps in rounds) or any(b >= a for a, b in zip(rounds, rounds[1:], strict=False)):
+            raise ValueError(f"{list(rounds)} must be falling numbers of steps, e.g. [8, 4, 2, 1]")
+        return rounds
+
+    @model_validator(mode="after")
+    def _one(self) -> StageSpec:
+        if (self.recipe is None) == (self.model is None):
+            raise ValueError("give either recipe (trained here) or model (a finished one)")
+        if self.model is not None and (self.overrides or self.of or self.rounds):
+            raise ValueError("model is a finished one: overrides, of and rounds belong to a recipe")
+        if self.start is not None and not self.rounds:
+            raise ValueError("start is for rounds; set respace.teacher_steps in overrides instead")
+        if self.start is not None and self.start < self.rounds[0]:
+            raise ValueError(f"start {self.start} is fewer steps than the first round's {self.rounds[0]}")
+        return self
+
+
+class ChainRecipe(Section):
+    """Stages one after another in one run folder, measured under one protocol."""
+
+    kind: Literal["chain"]
+    name: str = Field(pattern=NAME)
+    description: str = ""
+    seed: int = Field(0, ge=0, lt=2**31, description="of every stage")
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    data: DataSpec
+    stages: dict[str, StageSpec] = Field(description="in their order; the first trains from data alone")
+    evaluation: EvaluationSpec = EvaluationSpec()
+
+    @model_validator(mode="after")
+    def _in_order(self) -> ChainRecipe:
+        known: list[str] = []
+        for name, stage in self.stages.items():
+            if not re.fullmatch(NAME, name):
+                raise ValueError(f"stages.{name}: use another name (letters, digits, . _ -)")
+            if stage.of is not None and stage.of not in known:
+                raise ValueError(f"stages.{name}.of: {stage.of!r} is no earlier stage; one of {', '.join(known)}")
+            known += [f"{name}-{steps}" for steps in stage.rounds] or [name]
+        if len(set(known)) < len(known):
+            raise ValueError(f"stages: two of {', '.join(known)} have one name")
+        if not known:
+            raise ValueError("stages: must not be empty")
+        return self
