@@ -30,7 +30,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "checks": {"errors", "diffusion", "data", "models", "evaluation", "methods", "engine", "recipe", "analytic"},
     "jobs": {"errors", "disk", "diffusion", "data", "models", "evaluation", "methods", "engine", "report", "recipe"},
     "console": {"jobs"},
-    "cli": {"errors", "engine", "report", "recipe", "checks", "jobs", "console"},
+    "cli_edit": {"jobs"},
+    "cli": {"errors", "engine", "report", "recipe", "checks", "jobs", "console", "cli_edit"},
     "__main__": {"cli"},
 }
 """Room -> the rooms below it. ``diffstill`` itself (the version) may be imported by all."""

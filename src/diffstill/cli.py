@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import __version__
+from . import __version__, cli_edit
 from .errors import DiffstillError, InputError
 
 
@@ -139,6 +139,8 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--seed", type=int, default=0)
     sample.add_argument("--batch-size", type=int, default=256)
     sample.add_argument("--clip", choices=("recompute", "paper", "none"), default="recompute")
+
+    cli_edit.declare(command, _picture)
 
     evaluate = command("eval", _eval, "measure a model",
                        "diffstill eval runs/demo/model --teacher runs/demo/teacher",
@@ -275,6 +277,14 @@ def _sample(arguments: argparse.Namespace) -> int:
         clip=arguments.clip, batch_size=arguments.batch_size,
     )  # fmt: skip
     _print(arguments, {"out": str(path)}, f"wrote {path}")
+    return 0
+
+
+def _picture(arguments: argparse.Namespace) -> int:
+    """The commands of ``cli_edit``."""
+    runtime, ui = _session(arguments, "auto")
+    told = arguments.job(arguments, runtime, ui)
+    _print(arguments, told.as_json(), told.as_text())
     return 0
 
 

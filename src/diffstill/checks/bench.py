@@ -61,7 +61,7 @@ class Bench:
         self._teacher = on_cpu(teacher) if teacher else tiny_denoiser((8, 16), 1, student, kind)
         self._student = on_cpu(student) if student else tiny_denoiser((8, 8), 2, teacher, kind, family)
         if method.fewer_steps and teacher is None and student is None:
-            self._teacher = self._teacher.respaced(spaced_indices(self._teacher.schedule.T, FEWER, "trailing"))
+            self._teacher = self._teacher.respaced(spaced_indices(self._teacher.schedule.T, FEWER, method.spacing))
             self._student.schedule = self._teacher.schedule
         self.method()
 

@@ -20,7 +20,7 @@ from .steps import noising_kernel
 
 ClipMode = Literal["recompute", "paper", "none"]
 """After clipping x0 to [-1, 1]: recompute eps from it (default, D23), keep the old eps (as released), or no clip."""
-SamplerName = Literal["ddim", "stochastic"]
+SamplerName = Literal["ddim", "stochastic", "encode"]
 
 Predict = Callable[[Tensor, Tensor, float], Tensor]
 """``(x_t, t, scale) -> prediction`` guided at that scale; t is (B,) int64."""

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..diffusion.guidance import Constant, GuidanceSchedule
 from ..diffusion.sampling import ClipMode, count_nfe
 from ..models.denoiser import Denoiser
+from .encoding import encode
 from .results import Cost, Latency
 from .sampling import sample_images
 
@@ -77,9 +78,14 @@ def measure_cost(
     flops = count_flops(denoiser)
 
     def sample(batch: int) -> Callable[[int], Tensor]:
-        return lambda steps: sample_images(
-            denoiser, batch, guidance=schedule, steps=steps, batch_size=batch, clip=clip, guided=guided
-        )
+        if denoiser.sampler == "encode":
+            x, _, labels = _inputs(denoiser, batch)
+            return lambda _: encode(denoiser, x, labels, schedule)
+        fixed = denoiser.sampler != "ddim"  # its steps are all or none
+        return lambda asked: sample_images(
+            denoiser, batch, guidance=schedule, steps=steps if fixed else asked, batch_size=batch, clip=clip,
+            guided=guided,
+        )  # fmt: skip
 
     return Cost(
         parameters=count_parameters(denoiser.network),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from statistics import NormalDist, fmean, stdev
 
 from scipy.stats import t as student_t
+from torch import Tensor
 
 from .results import Estimate
 
@@ -53,6 +54,12 @@ def t_interval(values: Sequence[float | None], level: float = 0.95) -> Estimate:
         return Estimate(value=mean, level=level)
     half = float(student_t.ppf((1 + level) / 2, len(known) - 1)) * stdev(known) / math.sqrt(len(known))
     return Estimate(value=mean, low=mean - half, high=mean + half, level=level)
+
+
+def mean_interval(values: Tensor, level: float = 0.95) -> Estimate:
+    """Mean of (n,) values with its normal interval."""
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return from_error(float(values.mean()), error, level=level)
 
 
 def pool(estimates: Sequence[Estimate]) -> Estimate:

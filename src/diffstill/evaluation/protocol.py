@@ -15,6 +15,7 @@ from ..errors import InputError
 from ..models.denoiser import Denoiser
 from ..models.lineage import weights_sha256
 from .cost import measure_cost
+from .encoding import measure_encoding
 from .features import Extractor, extract
 from .frechet import FeatureStats, frechet_estimate
 from .guidance_fidelity import check_comparable, measure_fidelity
@@ -134,6 +135,8 @@ class Evaluator:
         Raises:
             InputError: the model does not fit the data, or the teacher does not fit the model.
         """
+        if denoiser.sampler == "encode":
+            return self._encoder(denoiser, name, method, teacher, cost)
         steps = steps or self.settings.steps
         self._check(denoiser, steps)
         schedules: list[GuidanceSchedule] = self.settings.schedules() if guided else [Constant(1.0)]
@@ -155,6 +158,23 @@ class Evaluator:
             cost=measured,
             sweep=sweep,
             fidelity=fidelity,
+        )
+
+    def _encoder(
+        self, denoiser: Denoiser, name: str, method: str, teacher: Denoiser | None, cost: bool
+    ) -> ModelEvaluation:
+        """An encoder draws no images: its noise is decoded by the model it goes back to."""
+        decoder = teacher.whole[0] if teacher is not None else None
+        held = self._held_out
+        known = decoder is not None and decoder.sampler == "ddim" and len(held)
+        return ModelEvaluation(
+            name=name,
+            method=method,
+            sha256=weights_sha256(denoiser.network),
+            guided=denoiser.takes_scale,
+            steps=denoiser.schedule.T,
+            cost=self._cost(denoiser, denoiser.takes_scale, denoiser.schedule.T) if cost else None,
+            encoding=measure_encoding(denoiser, decoder, held) if known and decoder is not None else None,
         )
 
     def _point(

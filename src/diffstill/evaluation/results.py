@@ -97,6 +97,21 @@ class Fidelity(Result):
     collapsed: bool = Field(description="overall ratio under 0.5")
 
 
+class Encoding(Result):
+    """How well an encoder's noise gives the images back, decoded by the first model's many steps.
+
+    Errors are mean squares on the [-1, 1] scale."""
+
+    steps: int
+    images: int
+    error: Estimate = Field(description="of images encoded by this model and decoded")
+    coarse_error: Estimate = Field(description="the same with the decoder's own inversion in as many steps")
+    fine_error: Estimate = Field(description="the same with the decoder's own inversion in its many steps")
+    noise_mean: float
+    noise_std: float = Field(description="1 for a perfect encoder")
+    noise_error: Estimate = Field(description="mean squared distance of the noise to that of the many steps")
+
+
 class Latency(Result):
     batch: int
     runs: int
@@ -131,6 +146,7 @@ class ModelEvaluation(Result):
     cost: Cost | None = None
     sweep: list[ScalePoint] = []
     fidelity: Fidelity | None = None
+    encoding: Encoding | None = Field(None, description="of an encoder, which draws no images")
     images: dict[str, str] = Field({}, description="picture name -> path relative to the run folder")
 
     @property

@@ -81,6 +81,8 @@ def draw(
     def predict(x: Tensor, t: Tensor, scale: float) -> Tensor:
         return denoiser.guided(x, t, labels, scale)
 
+    if denoiser.sampler == "encode":
+        raise InputError("model", "an encoder", "use a model that draws images", problem="goes from images to noise")
     if denoiser.sampler == "stochastic":
         if steps not in (None, T):
             raise InputError("steps", steps, f"use {T}: a model for the stochastic sampler takes all its steps")

@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor
 
 from ..data.sources import DataSplits, load_data
+from ..diffusion.schedule import spaced_indices
 from ..disk import write_text
 from ..engine.runtime import Runtime
 from ..errors import InputError, RunFailed
@@ -117,6 +118,10 @@ def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
         done[stage.name], trained = _artefact(stage, done, data, folder, runtime, ui)
         models[stage.name], measured = _measured(len(models), done[stage.name], data, folder, evaluator, runtime, ui)
         redone |= trained or measured
+    for steps in recipe.baselines:
+        strided = _strided(next(iter(done.values())), steps)
+        models[strided.name], measured = _measured(len(models), strided, data, folder, evaluator, runtime, ui)
+        redone |= measured
     receipt = Receipt(
         kind="chain",
         name=recipe.name,
@@ -174,9 +179,7 @@ def _line(
     return Artefact(name, loaded, method, sha256, before.root, steps, summary)
 
 
-def _train(
-    stage: Stage, before: Artefact | None, data: DataSplits, home: Path, runtime: Runtime, ui: Ui
-) -> None:
+def _train(stage: Stage, before: Artefact | None, data: DataSplits, home: Path, runtime: Runtime, ui: Ui) -> None:
     """Trains a stage in ``home`` and marks it as done, with the mark last."""
     recipe = stage.recipe
     assert recipe is not None
@@ -203,6 +206,15 @@ def _train(
     runtime.barrier()
 
 
+def _strided(first: Artefact, steps: int) -> Artefact:
+    """The first stage's model as it is, in few of its steps."""
+    try:
+        few = first.loaded.denoiser.respaced(spaced_indices(first.root.schedule.T, steps, "trailing"))
+    except ValueError as error:
+        raise InputError("baselines", steps, str(error)) from None
+    return replace(first, name=f"{first.name}@{steps}", loaded=replace(first.loaded, denoiser=few), summary=None)
+
+
 def _measured(
     place: int,
     made: Artefact,
@@ -220,7 +232,7 @@ def _measured(
     model = made.loaded.denoiser
     steps = min(evaluator.settings.steps, model.schedule.T)
     against = None
-    if model is not made.root:
+    if model.network is not made.root.network:
         same = model.schedule.T == made.root.schedule.T
         against = made.root if same else made.root.respaced(made.steps.tolist())
     protocol = evaluator.protocol.model_dump(mode="json", exclude={"floor"})
@@ -237,7 +249,7 @@ def _measured(
         if runtime.is_main:
             drawn = replace(subject, role=file.stem)
             evaluation.images.update(draw_pictures(drawn, evaluation, data, folder.path, steps))
-            if made.loaded.folder.parent.parent == folder.path / "stages":
+            if made.summary is not None:
                 refresh_card(made.loaded.folder, evaluation, folder.path, None)
             write_text(file, evaluation.model_dump_json(indent=1) + "\n")
         runtime.barrier()

@@ -9,9 +9,11 @@ from typing import Literal
 
 import torch
 
+from ..data.dataset import to_float, to_uint8
 from ..data.sources import DataSplits
 from ..diffusion.guidance import parse_guidance
 from ..engine.runtime import Runtime
+from ..evaluation.encoding import decode, encode
 from ..evaluation.features import make_extractor
 from ..evaluation.protocol import EvalSettings, Evaluator
 from ..evaluation.results import ModelEvaluation
@@ -157,6 +159,8 @@ def draw_pictures(
     subject: Subject, evaluation: ModelEvaluation, data: DataSplits, run_dir: Path, steps: int
 ) -> dict[str, str]:
     """Grids from the same noise for every model: one at the model's best scale, one a sweep point."""
+    if subject.denoiser.sampler == "encode":
+        return _draw_encoding(subject, data, run_dir)
     images: dict[str, str] = {}
     classes = data.num_classes
     best = evaluation.best.guidance if evaluation.best else "2"
@@ -186,6 +190,24 @@ def draw_pictures(
     return images
 
 
+def _draw_encoding(subject: Subject, data: DataSplits, run_dir: Path) -> dict[str, str]:
+    """Held-out images, the noise that an encoder makes of them, and what the first model's many steps make of that."""
+    held = data.test if len(data.test) else data.val
+    decoder = subject.against.whole[0] if subject.against is not None else None
+    if decoder is None or decoder.sampler != "ddim" or not len(held):
+        return {}
+    chosen = torch.arange(min(SWEEP_IMAGES, len(held)))
+    x, labels = to_float(held.images[chosen]).to(decoder.device), held.labels[chosen].to(decoder.device)
+    one = parse_guidance("1")
+    with subject.denoiser.evaluating(), decoder.evaluating():
+        noise = encode(subject.denoiser, x, labels, one)
+        back = decode(decoder, noise, labels, one)
+    path = run_dir / "pictures" / f"{subject.role}-grid.png"
+    rows = torch.cat([to_uint8(part).cpu() for part in (x, noise / 3, back)])
+    save_png(grid(rows, len(chosen), row_labels=("image", "noise", "decoded")), path)
+    return {"grid": str(path.relative_to(run_dir))}
+
+
 def refresh_card(folder: Path, evaluation: ModelEvaluation, run_dir: Path, default_guidance: str | None) -> None:
     """Writes the model folder again with its best scale as the pipeline's default, its figures and its picture."""
     loaded = load_model(folder)
@@ -199,6 +221,8 @@ def refresh_card(folder: Path, evaluation: ModelEvaluation, run_dir: Path, defau
     if evaluation.fidelity is not None:
         overall = evaluation.fidelity.overall
         figures |= {"gap ratio": overall.ratio.value, "gap cosine": overall.cosine.value}
+    if evaluation.encoding is not None:
+        figures["error of decoded images"] = evaluation.encoding.error.value
     save_model(
         loaded.denoiser,
         folder,
@@ -208,7 +232,7 @@ def refresh_card(folder: Path, evaluation: ModelEvaluation, run_dir: Path, defau
         default_guidance=default_guidance or (best.guidance if best else loaded.default_guidance),
         curriculum=loaded.curriculum,
         curriculum_meta=loaded.curriculum_meta,
-        card_images=run_dir / evaluation.images["grid"],
+        card_images=run_dir / evaluation.images["grid"] if "grid" in evaluation.images else None,
         figures=figures,
     )
 

@@ -68,9 +68,14 @@ def _rounds(name: str, spec: StageSpec) -> Iterator[tuple[str, dict[str, Any]]]:
     if not spec.rounds:
         yield name, {}
         return
-    images = load_recipe(spec.recipe or "", spec.overrides).training.images  # type: ignore[union-attr]
+    base = load_recipe(spec.recipe or "", spec.overrides)
+    if isinstance(base, ChainRecipe):
+        raise InputError(f"stages.{name}.recipe", spec.recipe, "name a recipe of kind distill", problem="is a chain")
+    images, spacing = base.training.images, METHODS[base.method.name].spacing
     for number, steps in enumerate(spec.rounds):
-        respace: dict[str, Any] = {"steps": steps, "spacing": "trailing", "teacher_steps": None, "timesteps": None}
+        respace: dict[str, Any] = {"steps": steps, "spacing": spacing, "teacher_steps": None, "timesteps": None}
+        if steps == 1 and spacing == "leading":  # the image itself, and from there to the noise
+            respace |= {"steps": None, "timesteps": [0]}
         if number == 0:
             respace["teacher_steps"] = spec.start or 2 * steps
         longer = spec.last_rounds_factor if steps <= SHORT else 1
@@ -138,7 +143,8 @@ def _blank(
         method = build_method(recipe.method, Setting(denoiser), recipe.seed)
     else:
         _, method = prepare_student(recipe, data, respaced(known[of or ""].model, recipe.respace))
-    check_run(recipe, method.schedule.T, runtime)
+    # The chain's protocol counts, not the recipe's own number of sampling steps.
+    check_run(recipe, max(method.schedule.T, recipe.evaluation.steps), runtime)
     # The next stage's teacher is read back from its folder, where it is a model of its own steps.
     student = method.student.with_network(copy.deepcopy(method.student.network))
     student.origin = None

@@ -1,6 +1,6 @@
 """Methods: what is trained against what. A method owns roles and a loss, never a loop. Importing registers ours."""
 
-from . import composite, conditional, dash, fitnets, gap, guided, progressive, sfddm, single_head, supervised
+from . import composite, conditional, dash, encoder, fitnets, gap, guided, progressive, sfddm, single_head, supervised
 from .base import METHODS, Batch, Losses, Method, Options, RoleOptimizer, Setting, TeacherOutputs, register
 from .curriculum import Curriculum, CurriculumOptions
 
@@ -18,6 +18,7 @@ __all__ = [
     "composite",
     "conditional",
     "dash",
+    "encoder",
     "fitnets",
     "gap",
     "guided",

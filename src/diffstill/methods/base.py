@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ..diffusion.guidance import guide
-from ..diffusion.schedule import NoiseSchedule
+from ..diffusion.schedule import NoiseSchedule, Spacing
 from ..models.denoiser import Denoiser
 from ..models.features import tapped
 from .curriculum import Curriculum
@@ -195,6 +195,8 @@ class Method(ABC):
     """True where the student's network must take the guidance scale as an input, whatever its teacher's does."""
     fewer_steps: ClassVar[bool] = False
     """True for methods that make a student of fewer steps: their recipes say which (``respace``)."""
+    spacing: ClassVar[Spacing] = "trailing"
+    """Of the steps in the rounds of a chain: what the method's steps start from."""
     init: ClassVar[str] = "fresh"
     """How the student starts unless the recipe says otherwise: ``fresh``, ``inherit`` or ``magnitude``."""
 

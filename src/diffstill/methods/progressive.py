@@ -73,14 +73,16 @@ class Progressive(Method):
 
     def _check_jumps(self) -> None:
         """A teacher made for the stochastic sampler can only be asked for jumps of two, down to the clean image."""
-        origin, chosen = self.teacher.origin or (self.teacher, torch.arange(self.schedule.T))
-        if origin.sampler != "stochastic":
+        root, _ = self.teacher.whole
+        if root.sampler != "stochastic":
             return
-        if self.options.sampler != "stochastic" or bool((chosen % JUMP == 0).any()):
+        # Respaced twice (teacher_steps), it would be seen in steps that it was not made for.
+        origin, chosen = self.teacher.origin or (self.teacher, torch.arange(self.schedule.T))
+        if self.options.sampler != "stochastic" or origin is not root or bool((chosen % JUMP == 0).any()):
             raise InputError(
                 "method.sampler",
                 self.options.sampler,
-                "use sampler: stochastic and respace: {steps: half the teacher's, spacing: trailing}",
+                "use sampler: stochastic and respace: {steps: half the teacher's, spacing: trailing}, no teacher_steps",
                 problem="does not fit a teacher that was made for the stochastic sampler",
             )
 

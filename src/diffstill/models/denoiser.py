@@ -53,7 +53,10 @@ class Denoiser:
         self.scale_range: tuple[float, float] | None = None
         """Of a network that takes the guidance scale as an input: the scales it knows. None: it has two branches."""
         self.sampler: SamplerName = "ddim"
-        """What its steps are made for: ``stochastic`` where each reaches two steps down (guided.md 4)."""
+        """What its steps are made for: ``stochastic`` where each reaches two steps down (guided.md 4), ``encode`` where
+        each goes up to the next noise level."""
+        self.end: tuple[Tensor, Tensor] | None = None
+        """Of an encoder: the signal and noise scale, (1,) float64, where its last step ends."""
 
     @property
     def null_label(self) -> int:
@@ -142,7 +145,7 @@ class Denoiser:
         """The same schedule and vocabulary around another network (an EMA copy, a student)."""
         other = Denoiser(network, self.schedule, self.num_classes, self.sample_shape, self.prediction_type)
         other.autocast_dtype, other.time_index = self.autocast_dtype, self.time_index
-        other.scale_range, other.sampler = self.scale_range, self.sampler
+        other.scale_range, other.sampler, other.end = self.scale_range, self.sampler, self.end
         if self.origin is not None:
             other.origin = self.origin[0].with_network(network), self.origin[1]
         return other

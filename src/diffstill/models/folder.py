@@ -26,12 +26,11 @@ from ..diffusion.schedule import NoiseSchedule
 from ..disk import sync, sync_tree
 from ..errors import InputError, RunFailed
 from ..pipelines import component_source, travelling_source
-from ..pipelines.stochastic import StochasticJumpScheduler
 from .adapters import Family, family_of, unwrap
 from .card import write_card
 from .denoiser import Denoiser
 from .lineage import Lineage, weights_sha256
-from .loading import COMPONENTS, WEIGHTS, LoadedModel, load_model, not_finite
+from .loading import COMPONENTS, SCHEDULERS, WEIGHTS, LoadedModel, load_model, not_finite
 
 __all__ = ["LoadedModel", "load_model", "save_model"]
 
@@ -145,21 +144,23 @@ def _travelling(denoiser: Denoiser) -> dict[str, tuple[str, str]]:
     found = {}
     if denoiser.takes_scale:
         found["unet"] = ("guided_unet", family_of(denoiser.network).network_class.__name__)
-    if denoiser.sampler == "stochastic":
-        found["scheduler"] = ("stochastic", StochasticJumpScheduler.__name__)
+    if denoiser.sampler in SCHEDULERS:
+        found["scheduler"] = (denoiser.sampler, SCHEDULERS[denoiser.sampler].__name__)
     return found
 
 
 def _write_scheduler(denoiser: Denoiser, folder: Path) -> None:
     schedule = denoiser.schedule
-    if denoiser.sampler == "stochastic":
-        jumps = StochasticJumpScheduler(
+    if denoiser.sampler in SCHEDULERS:
+        end = {} if denoiser.end is None else {"final_alpha_cumprod": float(denoiser.end[0].square())}
+        own = SCHEDULERS[denoiser.sampler](
             num_train_timesteps=schedule.T,
             trained_betas=schedule.betas.tolist(),
             beta_schedule=schedule.name,
             prediction_type=denoiser.prediction_type,
+            **end,
         )
-        jumps.save_pretrained(folder)
+        own.save_pretrained(folder)
         return
     scheduler = diffusers.DDIMScheduler(
         num_train_timesteps=schedule.T,

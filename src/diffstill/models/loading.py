@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..diffusion.prediction import PREDICTION_TYPES, PredictionType
+from ..diffusion.sampling import SamplerName
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import InputError
+from ..pipelines.encode import EncodeScheduler
 from ..pipelines.stochastic import StochasticJumpScheduler
 from .adapters import FAMILIES, family_of
 from .denoiser import Denoiser
@@ -27,6 +29,8 @@ from .lineage import Lineage, weights_sha256
 
 COMPONENTS = {"unet2d": "unet", "guided_unet2d": "unet", "dit": "transformer"}
 """Where each family's network lies in the folder, by the adapter's name."""
+SCHEDULERS: dict[SamplerName, Any] = {"stochastic": StochasticJumpScheduler, "encode": EncodeScheduler}
+"""Samplers whose scheduler is ours and travels, by what ``Denoiser.sampler`` calls them."""
 WEIGHTS = "diffusion_pytorch_model"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
@@ -75,7 +79,10 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", *, has_nu
     denoiser = Denoiser(_moved(network, device).eval(), schedule, num_classes, shape, prediction_type)
     denoiser.time_index = _load_time_index(folder, index, schedule.T)
     denoiser.scale_range = _load_scale_range(folder, index, network)
-    denoiser.sampler = "stochastic" if _component(index, "scheduler") == StochasticJumpScheduler.__name__ else "ddim"
+    made_for = _component(index, "scheduler")
+    denoiser.sampler = next((name for name, own in SCHEDULERS.items() if own.__name__ == made_for), "ddim")
+    if denoiser.sampler == "encode":
+        denoiser.end = _load_end(folder)
     return LoadedModel(denoiser, lineage, tensors, meta, guided, names, default, folder)
 
 
@@ -183,8 +190,8 @@ def _moved(network: Any, device: str | torch.device) -> Any:
 def _load_schedule(folder: Path) -> tuple[NoiseSchedule, PredictionType]:
     config = _read_json(folder, "scheduler/scheduler_config.json")
     name = str(config.get("_class_name"))
-    own = StochasticJumpScheduler
-    scheduler_class: Any = own if name == own.__name__ else getattr(diffusers, name, None)
+    own = {made.__name__: made for made in SCHEDULERS.values()}
+    scheduler_class: Any = own.get(name) or getattr(diffusers, name, None)
     try:
         scheduler = scheduler_class.from_config(config)
         schedule = NoiseSchedule.from_scheduler(scheduler)
@@ -229,6 +236,14 @@ def _load_scale_range(folder: Path, index: dict[str, Any], network: Any) -> tupl
     if not ends or not all(type(end) in (int, float) and math.isfinite(end) for end in ends) or ends[0] >= ends[1]:
         raise _bad(folder, f"takes the guidance scale and has a guidance_range of {found}")
     return float(ends[0]), float(ends[1])
+
+
+def _load_end(folder: Path) -> tuple[Tensor, Tensor]:
+    abar: Any = _read_json(folder, "scheduler/scheduler_config.json").get("final_alpha_cumprod")
+    if type(abar) not in (int, float) or not 0 <= abar < 1:
+        raise _bad(folder, f"is an encoder whose last step ends at final_alpha_cumprod {abar}")
+    level = torch.tensor([abar], dtype=torch.float64)
+    return level.sqrt(), (1 - level).sqrt()
 
 
 def _component(index: dict[str, Any], name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -27,7 +28,7 @@ class StageSpec(Section):
     @field_validator("rounds")
     @classmethod
     def _falling(cls, rounds: tuple[int, ...]) -> tuple[int, ...]:
-        if any(steps < 1 for steps in rounds) or any(b >= a for a, b in zip(rounds, rounds[1:], strict=False)):
+        if any(steps < 1 for steps in rounds) or any(b >= a for a, b in pairwise(rounds)):
             raise ValueError(f"{list(rounds)} must be falling numbers of steps, e.g. [8, 4, 2, 1]")
         return rounds
 
@@ -54,7 +55,17 @@ class ChainRecipe(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     data: DataSpec
     stages: dict[str, StageSpec] = Field(description="in their order; the first trains from data alone")
+    baselines: tuple[int, ...] = Field(
+        (), description="steps in which the first stage's model is measured as it is, beside the students of few steps"
+    )
     evaluation: EvaluationSpec = EvaluationSpec()
+
+    @field_validator("baselines")
+    @classmethod
+    def _distinct(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if any(n < 1 for n in steps) or len(set(steps)) < len(steps):
+            raise ValueError(f"{list(steps)} must be different numbers of steps")
+        return steps
 
     @model_validator(mode="after")
     def _in_order(self) -> ChainRecipe:

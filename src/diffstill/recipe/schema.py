@@ -272,4 +272,3 @@ class DistillRecipe(Base):
     @property
     def subject(self) -> NetworkSpec:
         return self.student
-

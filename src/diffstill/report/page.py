@@ -15,7 +15,7 @@ from markupsafe import Markup
 from .. import __version__
 from ..disk import write_text
 from ..evaluation.results import Estimate, ModelEvaluation, Protocol
-from . import arena_views, compare, curves, plots, views, words
+from . import arena_views, compare, curves, frontier, plots, views, words
 from .arena import ArenaResult
 from .receipt import DataSummary, Environment, Receipt
 
@@ -68,7 +68,7 @@ def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path
         receipt=receipt,
         kicker=f"{receipt.kind} \u00b7 {receipt.data.name} \u00b7 seed {receipt.seed} \u00b7 {receipt.created[:10]}",
         verdict=words.verdict(receipt),
-        beside=words.beside(receipt),
+        beside=[] if receipt.kind == "chain" else words.beside(receipt),
         tone=words.guidance_state(subject[1].fidelity)[0] if subject and subject[1].fidelity else "",
         tiles=views.tiles(receipt),
         grids=[(role, found) for role, found in grids if found],
@@ -76,6 +76,8 @@ def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path
         sweep_rows=sweep_rows,
         wide=any(p.width > 2 * p.height for _, row in sweep_rows for p in row if p),
         metric=_metric(receipt),
+        frontier_plots=frontier.frontier_plots(models, _metric(receipt), run_dir) if receipt.kind == "chain" else [],
+        stages=frontier.chain_table(models, _metric(receipt)) if receipt.kind == "chain" and models else None,
         tables=_tables(receipt),
         details=_details(receipt.protocol, receipt.data, receipt.environment),
         recipe=_yaml(receipt.recipe),
@@ -86,13 +88,13 @@ def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path
 def _report_plots(receipt: Receipt, run_dir: Path) -> dict[str, list[Markup | None]]:
     models, subject = receipt.models, receipt.subject
     teacher = receipt.teacher.cost if receipt.teacher else None
-    student = subject[1].cost if subject and subject[0] != "teacher" else None
-    frontier = plots.frontier(_costs(models), f"Best {_metric(receipt)} against cost")
+    student = subject[1].cost if subject and subject[1] is not receipt.teacher else None
+    beside = plots.frontier(_costs(models), f"Best {_metric(receipt)} against cost")
     logs = [(t, curves.read_log(_inside(run_dir, t.curve), t.name)) for t in receipt.training]
     return {
         "sweep_plots": _sweep_plots(models, receipt.protocol),
         "fidelity_plots": [*_fidelity_plots(models, "timestep"), *_fidelity_plots(models, "class")],
-        "cost_plots": [plots.cost_bars(teacher, student), frontier] if teacher and student else [],
+        "cost_plots": [plots.cost_bars(teacher, student), beside] if teacher and student else [],
         "training_plots": [
             *(curves.loss_curves(log.losses, f"Loss: {t.name} ({t.method})") for t, log in logs),
             *(curves.probe_curves(log.probe, f"Guidance while training: {t.name}") for t, log in logs),
@@ -166,7 +168,7 @@ def write_comparison(receipts: Sequence[tuple[str | Path, Receipt]], out: str | 
     metric = protocol.extractor.name if protocol else "FD"
     grids = [(run.name, run.model.images.get("grid") if run.model else None, run.folder) for run in runs]
     pictures = [(name, views.picture(folder, path, f"samples of {name}")) for name, path, folder in grids]
-    frontier = plots.frontier(_costs(models), f"Best {metric} against cost", frozenset(teachers))
+    against_cost = plots.frontier(_costs(models), f"Best {metric} against cost", frozenset(teachers))
     return _write(
         "compare.html.j2",
         out,
@@ -175,7 +177,7 @@ def write_comparison(receipts: Sequence[tuple[str | Path, Receipt]], out: str | 
         lead=compare.lead(runs, metric),
         table=compare.verdict_table(models, metric),
         grids=[(name, found) for name, found in pictures if found],
-        quality_plots=[*_sweep_plots(models, protocol), frontier],
+        quality_plots=[*_sweep_plots(models, protocol), against_cost],
         fidelity_plots=_fidelity_plots(models, "timestep"),
         runs=[
             {"name": run.name, "verdict": " ".join(words.verdict(run.receipt)), "facts": _facts(run.receipt)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..diffusion.guidance import TAG, Interval, parse_guidance
-from ..evaluation.results import Estimate, Fidelity, ModelEvaluation
+from ..evaluation.results import Encoding, Estimate, Fidelity, ModelEvaluation
 from .receipt import Receipt
 
 THIN = "\u2009"
@@ -173,9 +173,11 @@ def verdict(receipt: Receipt) -> list[str]:
         trained = f"{done.name} saw {count(done.images_seen)} images in {seconds(done.seconds)}. " if done else ""
         return [f"{trained}Nothing has been measured yet."]
     role, model = receipt.subject
-    teacher = receipt.teacher if role != "teacher" else None
+    teacher = receipt.teacher if receipt.teacher is not model else None
     said = [_cost_sentence(role, model, teacher), _quality_sentence(receipt, role, model, teacher)]
-    if model.fidelity is not None:
+    if model.encoding is not None:
+        said.append(_encoding_sentence(model.encoding))
+    elif model.fidelity is not None:
         said.append(guidance_state(model.fidelity)[1])
     elif not model.guided:
         said.append("It has no null branch, so there is no guidance dial to turn.")
@@ -185,6 +187,9 @@ def verdict(receipt: Receipt) -> list[str]:
 def beside(receipt: Receipt) -> list[str]:
     """A sentence for every other student that was measured with the run's own."""
     own = receipt.subject[0] if receipt.subject else None
+    if receipt.kind == "chain" and receipt.teacher is not None:
+        first = receipt.teacher
+        return [_stage_sentence(name, m, first) for name, m in receipt.models.items() if m is not first]
     said = []
     for role, model in receipt.models.items():
         if role in ("teacher", own) or model.fidelity is None:
@@ -194,6 +199,28 @@ def beside(receipt: Receipt) -> list[str]:
         ratio, cosine = number(overall.ratio.value, 2), number(overall.cosine.value, 2)
         said.append(f"Beside it, {role}: gap ratio {ratio}, cosine {cosine}{best}.")
     return said
+
+
+def _encoding_sentence(found: Encoding) -> str:
+    return (
+        f"Images that it turns into noise in {found.steps} steps come back with a mean squared error of "
+        f"{number(found.error.value)}; by the first model\u2019s own steps run backwards, "
+        f"{number(found.coarse_error.value)} in as many and {number(found.fine_error.value)} in many."
+    )
+
+
+def _stage_sentence(name: str, model: ModelEvaluation, first: ModelEvaluation) -> str:
+    said = [f"{name}:"]
+    if model.cost and first.cost:
+        fewer = _fewer(first.cost.flops_image, model.cost.flops_image, "FLOPs an image")
+        said.append(f"NFE {model.cost.nfe}, {fewer},")
+    if model.best and first.best and model.best.fd.value and first.best.fd.value:
+        share = model.best.fd.value / first.best.fd.value
+        said.append(f"best distance {number(model.best.fd.value)} ({share:.2f}× the first stage\u2019s)")
+    if model.fidelity is not None:
+        overall = model.fidelity.overall
+        said.append(f"gap ratio {number(overall.ratio.value, 2)}, cosine {number(overall.cosine.value, 2)}")
+    return " ".join(said).rstrip(",") + "."
 
 
 def _cost_sentence(role: str, model: ModelEvaluation, teacher: ModelEvaluation | None) -> str:

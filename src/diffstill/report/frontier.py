@@ -1,0 +1,125 @@
+"""The frontier of a chain: what each stage costs against what it keeps, every artefact a point with its picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.offsetbox import AnnotationBbox, OffsetImage
+from PIL import Image, UnidentifiedImageError
+
+from ..evaluation.results import Estimate, ModelEvaluation
+from . import words
+from .plots import errorbar, spans_decades
+from .svg import INK, SERIES, Panel, plain
+from .views import Table
+
+SHOWN = 4
+"""Images of a stage's picture: the first of its row at its best guidance."""
+Quality = Callable[[ModelEvaluation], Estimate | None]
+
+
+def gap_error(model: ModelEvaluation) -> Estimate | None:
+    """Mean squared error of the guidance gap in units of the first model's own gap: 0 the same, 1 no gap at all."""
+    if model.fidelity is None or not model.fidelity.teacher_gap_rms:
+        return None
+    found, unit = model.fidelity.overall.gap_mse, model.fidelity.teacher_gap_rms**2
+    value, low, high = (None if v is None else v / unit for v in (found.value, found.low, found.high))
+    return Estimate(value=value, low=low, high=high)
+
+
+def frontier_plots(models: Mapping[str, ModelEvaluation], metric: str, run_dir: Path) -> list[Markup | None]:
+    """FLOPs an image (log) against the best distance, and against the error of the guidance gap."""
+    return [
+        _plot(models, f"Best {metric} against cost", lambda m: m.best.fd if m.best else None, run_dir),
+        _plot(models, "Error of the guidance gap against cost", gap_error, run_dir),
+    ]
+
+
+def _plot(models: Mapping[str, ModelEvaluation], title: str, quality: Quality, run_dir: Path) -> Markup | None:
+    found = [(name, m, m.cost.flops_image, q) for name, m in models.items() if m.cost and (q := quality(m))]
+    found = [point for point in found if point[3].value is not None]
+    if len(found) < 2:
+        return None
+    panel = Panel(title, "FLOPs an image", size=(9.8, 4.6))
+    panel.axes.plot([p[2] for p in found], [p[3].value or 0.0 for p in found], color=SERIES[0], linewidth=1, alpha=0.5)
+    values = [q.value or 0.0 for *_, q in found]
+    for number, (name, model, flops, q) in enumerate(found):
+        first = number == 0 and quality is not gap_error
+        errorbar(panel, [flops], [q], marker="o", color=INK if first else SERIES[0], markersize=6)
+        _label(panel, name, model, (flops, q.value or 0.0), run_dir)
+    panel.log_axis("x", written=words.tick)
+    if spans_decades(values):
+        panel.log_axis("y")
+    else:
+        panel.axes.set_ylim(bottom=0, top=1.35 * max(values))
+    panel.axes.margins(x=0.12)
+    return panel.svg()
+
+
+def _label(panel: Panel, name: str, model: ModelEvaluation, place: tuple[float, float], run_dir: Path) -> None:
+    """The stage's name and a few of its samples above its point."""
+    pixels = _thumbnail(model, run_dir)
+    panel.axes.annotate(
+        plain(name), place, (0, 44 if pixels is not None else 10), textcoords="offset points", ha="center",
+        fontsize=8.5, color=INK,
+    )  # fmt: skip
+    if pixels is not None:
+        image = OffsetImage(pixels, zoom=30 / pixels.shape[0], interpolation="nearest")
+        where: Any = {"xybox": (0, 27), "boxcoords": "offset points", "frameon": False, "pad": 0}
+        panel.axes.add_artist(AnnotationBbox(image, place, **where))
+
+
+def _thumbnail(model: ModelEvaluation, run_dir: Path) -> Any:
+    """The first images of the model's row at its best guidance, two by two, (H, W, 3) uint8; None where it has none."""
+    relative = model.images.get(f"sweep:{model.best.guidance}") if model.best else None
+    path = (run_dir / (relative or "")).resolve()
+    if not relative or not path.is_relative_to(run_dir.resolve()) or not path.is_file():
+        return None
+    try:
+        with Image.open(path, formats=["PNG"]) as opened:
+            strip = np.asarray(opened.convert("RGB"))
+    except (UnidentifiedImageError, OSError):
+        return None
+    side = strip.shape[0]
+    tiles = [strip[:, start : start + side] for start in range(0, strip.shape[1] - side + 1, side + 3)][:SHOWN]
+    if len(tiles) < SHOWN:
+        return None
+    half = SHOWN // 2
+    return np.concatenate([np.concatenate(tiles[:half], 1), np.concatenate(tiles[half:], 1)], 0)
+
+
+def chain_table(models: Mapping[str, ModelEvaluation], metric: str) -> Table:
+    """A row a stage: what it costs, how far its samples are, how much of the guidance is left."""
+    first = next(iter(models.values()))
+    header = ["stage", "method", "parameters", "steps", "NFE", "FLOPs an image", "fewer", f"best {metric}", "at s",
+              "against the first", "class agreement", "gap ratio", "gap cosine", "one image", "many"]  # fmt: skip
+    return Table("Stage by stage", header, [_row(name, m, first) for name, m in models.items()], names=2)
+
+
+def _row(name: str, m: ModelEvaluation, first: ModelEvaluation) -> list[str]:
+    cost, best, overall = m.cost, m.best, m.fidelity.overall if m.fidelity else None
+    start = first.best.fd.value if first.best else None
+    latency = {item.batch: item for item in cost.latency} if cost else {}
+    many = latency.get(max(latency, default=0))
+    share = best.fd.value / start if best and best.fd.value is not None and start else None
+    return [
+        name,
+        m.method,
+        words.si(cost.parameters) if cost else words.MISSING,
+        str(m.steps or ""),
+        str(cost.nfe) if cost else words.MISSING,
+        words.si(cost.flops_image) if cost else words.MISSING,
+        (words.times(first.cost.flops_image, cost.flops_image) or "") if cost and first.cost else words.MISSING,
+        words.estimate(best.fd) if best else words.MISSING,
+        words.short_guidance(best.guidance) if best else words.MISSING,
+        f"{share:.2f}" if share is not None else words.MISSING,
+        words.percent(best.class_agreement.model_copy(update={"low": None})) if best and best.class_agreement else "",
+        words.number(overall.ratio.value, 2) if overall else "",
+        words.number(overall.cosine.value, 2) if overall else "",
+        words.seconds(latency[1].median_s) if 1 in latency else words.MISSING,
+        f"{words.seconds(many.median_s)} for {many.batch}" if many and many.batch != 1 else words.MISSING,
+    ]
