@@ -66,14 +66,12 @@ def img2img_sample(
         timesteps: descending, of a whole sampling run.
         strength: the share of them that is gone through: 0 gives the images back, 1 is sampling from ``noise``.
     """
+    left = last_steps(timesteps, strength)
+    if not left:
+        return images
+    start = partly_noised(images, noise, schedule, timesteps, strength)
     return ddim_sample(
-        predict,
-        partly_noised(images, noise, schedule, timesteps, strength),
-        schedule,
-        guidance,
-        timesteps=last_steps(timesteps, strength),
-        prediction_type=prediction_type,
-        clip=clip,
+        predict, start, schedule, guidance, timesteps=left, prediction_type=prediction_type, clip=clip
     )
 
 

@@ -21,9 +21,10 @@ def lerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
 def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     """Along the great circle from ``a`` (B, ...) to ``b`` (B, ...), sample by sample (Shoemake 1985).
 
-    ``(sin((1 - l) w) a + sin(l w) b) / sin w`` with w the angle between the two. Equal norms are kept exactly, and
-    independent noises of many dimensions, which are nearly orthogonal, keep their standard-normal law. Parallel
-    noises are mixed straight, which is the limit; so are opposite ones, between which no great circle is the shortest.
+    ``(sin((1 - l) w) a + sin(l w) b) / sin w`` with w the angle between the two. Equal norms are kept exactly;
+    independent noises of many dimensions, which are nearly orthogonal and of nearly one norm, keep the variance 1 that
+    samplers start from. Parallel noises are mixed straight, which is the limit; so are opposite ones, between which no
+    great circle is the shortest.
     """
     flat_a, flat_b = a.flatten(1), b.flatten(1)
     unit_a, unit_b = (x / x.norm(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny) for x in (flat_a, flat_b))
@@ -31,5 +32,6 @@ def slerp(a: Tensor, b: Tensor, weight: float) -> Tensor:
     angle = 2 * torch.atan2((unit_a - unit_b).norm(dim=1), (unit_a + unit_b).norm(dim=1))
     angle = angle.view(-1, *[1] * (a.ndim - 1))
     sine = angle.sin()
-    curved = (((1 - weight) * angle).sin() * a + (weight * angle).sin() * b) / sine
+    # The shares first, so that the ends are the noises themselves.
+    curved = ((1 - weight) * angle).sin() / sine * a + (weight * angle).sin() / sine * b
     return torch.where(sine > FLAT, curved, lerp(a, b, weight))

@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from ..data.sources import DataSplits, load_data
-from ..diffusion.schedule import spaced_indices
+from ..diffusion.schedule import Spacing, spaced_indices
 from ..disk import write_text
 from ..engine.runtime import Runtime
 from ..errors import InputError, RunFailed
@@ -118,8 +118,8 @@ def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
         done[stage.name], trained = _artefact(stage, done, data, folder, runtime, ui)
         models[stage.name], measured = _measured(len(models), done[stage.name], data, folder, evaluator, runtime, ui)
         redone |= trained or measured
-    for steps in recipe.baselines:
-        strided = _strided(next(iter(done.values())), steps)
+    for baseline in recipe.baselines:
+        strided = _strided(next(iter(done.values())), baseline.steps, baseline.spacing)
         models[strided.name], measured = _measured(len(models), strided, data, folder, evaluator, runtime, ui)
         redone |= measured
     receipt = Receipt(
@@ -206,13 +206,14 @@ def _train(stage: Stage, before: Artefact | None, data: DataSplits, home: Path, 
     runtime.barrier()
 
 
-def _strided(first: Artefact, steps: int) -> Artefact:
+def _strided(first: Artefact, steps: int, spacing: Spacing) -> Artefact:
     """The first stage's model as it is, in few of its steps."""
     try:
-        few = first.loaded.denoiser.respaced(spaced_indices(first.root.schedule.T, steps, "trailing"))
+        few = first.loaded.denoiser.respaced(spaced_indices(first.root.schedule.T, steps, spacing))
     except ValueError as error:
         raise InputError("baselines", steps, str(error)) from None
-    return replace(first, name=f"{first.name}@{steps}", loaded=replace(first.loaded, denoiser=few), summary=None)
+    name = f"{first.name}@{steps}" + ("" if spacing == "trailing" else f"-{spacing}")
+    return replace(first, name=name, loaded=replace(first.loaded, denoiser=few), summary=None)
 
 
 def _measured(

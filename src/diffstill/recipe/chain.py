@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from ..data.sources import DataSpec
+from ..diffusion.schedule import Spacing
 from .schema import NAME, EvaluationSpec, Section
 
 
@@ -45,6 +46,13 @@ class StageSpec(Section):
         return self
 
 
+class BaselineSpec(Section):
+    """The first stage's model seen through few of its steps."""
+
+    steps: int = Field(ge=1)
+    spacing: Spacing = "trailing"
+
+
 class ChainRecipe(Section):
     """Stages one after another in one run folder, measured under one protocol."""
 
@@ -55,17 +63,22 @@ class ChainRecipe(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     data: DataSpec
     stages: dict[str, StageSpec] = Field(description="in their order; the first trains from data alone")
-    baselines: tuple[int, ...] = Field(
-        (), description="steps in which the first stage's model is measured as it is, beside the students of few steps"
+    baselines: tuple[BaselineSpec, ...] = Field(
+        (), description="the first stage's model as it is, in few steps: 8, or {steps: 8, spacing: leading}"
     )
     evaluation: EvaluationSpec = EvaluationSpec()
 
+    @field_validator("baselines", mode="before")
+    @classmethod
+    def _numbers(cls, value: Any) -> Any:
+        return [{"steps": v} if type(v) is int else v for v in value] if isinstance(value, (list, tuple)) else value
+
     @field_validator("baselines")
     @classmethod
-    def _distinct(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
-        if any(n < 1 for n in steps) or len(set(steps)) < len(steps):
-            raise ValueError(f"{list(steps)} must be different numbers of steps")
-        return steps
+    def _distinct(cls, value: tuple[BaselineSpec, ...]) -> tuple[BaselineSpec, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("must not hold the same steps twice")
+        return value
 
     @model_validator(mode="after")
     def _in_order(self) -> ChainRecipe:
