@@ -70,9 +70,7 @@ def img2img_sample(
     if not left:
         return images
     start = partly_noised(images, noise, schedule, timesteps, strength)
-    return ddim_sample(
-        predict, start, schedule, guidance, timesteps=left, prediction_type=prediction_type, clip=clip
-    )
+    return ddim_sample(predict, start, schedule, guidance, timesteps=left, prediction_type=prediction_type, clip=clip)
 
 
 def inpaint_sample(

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..data.dataset import ImageData, to_float
 from ..diffusion.guidance import Constant, GuidanceSchedule
 from ..diffusion.prediction import to_epsilon, to_x0
-from ..diffusion.sampling import ddim_encode, ddim_sample
+from ..diffusion.sampling import ClipMode, ddim_encode, ddim_sample
 from ..diffusion.schedule import spaced_indices
 from ..errors import InputError
 from ..models.denoiser import Denoiser
@@ -70,7 +70,13 @@ def _encode_by_own_steps(denoiser: Denoiser, images: Tensor, labels: Tensor, gui
 
 
 def decode(
-    denoiser: Denoiser, noise: Tensor, labels: Tensor, guidance: GuidanceSchedule, *, steps: int = FINE
+    denoiser: Denoiser,
+    noise: Tensor,
+    labels: Tensor,
+    guidance: GuidanceSchedule,
+    *,
+    steps: int = FINE,
+    clip: ClipMode = "recompute",
 ) -> Tensor:
     """Images (B, C, H, W) in [-1, 1] that deterministic sampling over evenly spaced steps makes of noise."""
     T = denoiser.schedule.T
@@ -80,6 +86,7 @@ def decode(
         denoiser.schedule,
         guidance,
         prediction_type=denoiser.prediction_type,
+        clip=clip,
         timesteps=spaced_indices(T, min(steps, T), "trailing")[::-1],
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,7 @@ from ..diffusion.interpolation import lerp, slerp
 from ..diffusion.sampling import Predict, ddim_sample, image_noise, level, noise_source
 from ..engine.runtime import Runtime
 from ..errors import InputError
-from ..evaluation.features import make_extractor
+from ..evaluation.features import Extractor, make_extractor
 from ..evaluation.intervals import proportion
 from ..evaluation.paired import psnr, squared_error
 from ..evaluation.results import Estimate
@@ -27,6 +27,7 @@ from .opened import (
     Told,
     check_alike,
     check_picture,
+    check_shape,
     data_of,
     draw_rows,
     drawer,
@@ -107,7 +108,7 @@ def _frames(
     return [row for of_pair in zip(*rows, strict=True) for row in of_pair]
 
 
-def _between(by: Drawer) -> Any:
+def _between(by: Drawer) -> Callable[..., Tensor]:
     """Sampling at labels (B, 2), mixed by weights (B,); in one pass where both are the same."""
 
     def run(noise: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -141,19 +142,15 @@ def transfer(
 
     Test images of the class ``origin`` are encoded to noise with the model, by DDIM run backwards, and decoded as
     ``goal`` with ``to_model`` (the same one where none is named) at the asked guidance. Decoded as what they were, at
-    the guidance of the encoding, they show what the way there and back costs.
+    the guidance of the encoding, they show what the way there and back costs; of an encoder, which draws no images,
+    ``to_model`` decodes that too.
 
     Raises:
         InputError: classes, steps, guidance, models or data that do not fit each other.
     """
     check_picture(out, count)
-    model = open_model(source, runtime.device)
-    other = model if to_model is None else open_model(to_model, runtime.device, "to-model")
-    fields = {"guidance_field": "encode-guidance", "steps_field": "encoder-steps"}
-    encoder = drawer(model, encode_guidance, encoder_steps, how.clip, **fields)
-    steps = how.steps if how.steps is not None else min(encoder.steps, other.denoiser.schedule.T)
-    decoder = drawer(other, how.guidance, steps, how.clip)
-    _check_bridge(encoder, decoder)
+    encoder, returning, decoder = _open_bridge(source, to_model, runtime.device, how, encode_guidance, encoder_steps)
+    model, other = encoder.model, decoder.model
     start, end = labels_of(origin, model.class_names, "from")[0], labels_of(goal, other.class_names, "to")[0]
     splits, protocol = data_of(model, data)
     originals = held_out(splits, [start] * count)
@@ -164,13 +161,10 @@ def transfer(
     with ui.bar("transfer", 3 * count) as bar:
         batches = Batches(how.batch_size, bar)
         noise = batches(encoder.denoiser, encoder.encode, to_float(originals), starts)
-        back = to_uint8(batches(encoder.denoiser, encoder.decode, noise, starts))
+        back = to_uint8(batches(returning.denoiser, returning.decode, noise, starts))
         moved = to_uint8(batches(decoder.denoiser, decoder.decode, noise, ends))
-    quality = float(psnr(squared_error(back.double() / 255, originals.double() / 255).mean()))
-    logits = extractor.classify(moved)
-    called = None if logits is None else proportion(int((logits.argmax(1) == ends).sum()), count)
     names = model.class_names[start], other.class_names[end]
-    rows = [originals, shown_noise(noise, level(encoder.schedule, encoder.schedule.T - 1)[1]), back, moved]
+    rows = [originals, shown_noise(noise, encoder.noisiest[1]), back, moved]
     titles = [f"test images, {names[0]}", "encoded", f"decoded as {names[0]}", f"decoded as {names[1]}"]
     draw_rows(out, [row[:SHOWN] for row in rows], titles)
     figures = {
@@ -183,26 +177,48 @@ def transfer(
         "steps": decoder.steps,
         "encode_guidance": str(encoder.scale),
         "guidance": str(decoder.scale),
-        "reconstruction_psnr": Estimate.of(quality).value,
-        "called_goal": None if called is None else called.model_dump(mode="json"),
-        "classifier": extractor.info.name,
     }
-    lines = [f"reconstruction: {quality:.2f} dB PSNR over {count} images"]
-    if called is not None:
-        lines.append(f"called {names[1]} by the classifier: {called.value:.0%} [{called.low:.0%}, {called.high:.0%}]")
-    return Told(out, figures, tuple(lines))
+    measured, lines = _measured(originals, back, moved, end, names[1], extractor)
+    return Told(out, {**figures, **measured}, lines)
 
 
-def _check_bridge(encoder: Drawer, decoder: Drawer) -> None:
-    """The two must be of the same images, and end in the same noise."""
-    mine, theirs = encoder.denoiser.sample_shape, decoder.denoiser.sample_shape
-    if mine != theirs:
-        mend = f"give one of the model's images, {mine}"
-        raise InputError("to-model", theirs, mend, problem="is another shape of images")
-    left, needed = (level(of.schedule, of.schedule.T - 1)[0] for of in (encoder, decoder))
+def _measured(
+    originals: Tensor, back: Tensor, moved: Tensor, goal: int, name: str, extractor: Extractor
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """What the way there and back costs, and how many of the transferred images are taken for ``goal``."""
+    quality = float(psnr(squared_error(back.double() / 255, originals.double() / 255).mean()))
+    line = f"reconstruction: {quality:.2f} dB PSNR over {len(back)} images"
+    figures = {"classifier": extractor.info.name, "reconstruction_psnr": Estimate.of(quality).value}
+    logits = extractor.classify(moved)
+    if logits is None:
+        return {**figures, "called_goal": None}, (line,)
+    called = proportion(int((logits.argmax(1) == goal).sum()), len(moved))
+    share = f"called {name} by the classifier: {called.value:.0%} [{called.low:.0%}, {called.high:.0%}]"
+    return {**figures, "called_goal": called.model_dump(mode="json")}, (line, share)
+
+
+def _open_bridge(
+    source: str, to_model: str | None, device: torch.device, how: How, encode_guidance: str, encoder_steps: int | None
+) -> tuple[Drawer, Drawer, Drawer]:
+    """The models that encode, decode as what it was, and decode as what it shall be; all end in the same noise."""
+    model = open_model(source, device, encoders=True)
+    if to_model is None and model.denoiser.sampler == "encode":
+        mend = "name the model that draws, such as the encoder's teacher"
+        raise InputError("to-model", None, mend, problem="is missing: the model is an encoder")
+    other = model if to_model is None else open_model(to_model, device, "to-model")
+    asked = {"guidance_field": "encode-guidance", "steps_field": "encoder-steps"}
+    encoder = drawer(model, encode_guidance, encoder_steps, how.clip, **asked)
+    same = min(encoder.steps, other.denoiser.schedule.T) if model.denoiser.sampler == "ddim" else None
+    decoder = drawer(other, how.guidance, same if how.steps is None else how.steps, how.clip)
+    check_shape(encoder.denoiser, decoder.denoiser, "to-model")
+    left, needed = encoder.noisiest[0], decoder.noisiest[0]
     if abs(left - needed) > TOP:
         problem = f"starts from noise with {needed:.2f} of the image in it, where the model ends with {left:.2f}"
         raise InputError("to-model", decoder.name, "give two models whose noisiest steps are alike", problem=problem)
+    if model.denoiser.sampler == "ddim":
+        return encoder, encoder, decoder
+    check_alike(encoder.denoiser, decoder.denoiser, "to-model")
+    return encoder, drawer(other, encode_guidance, decoder.steps, how.clip, **asked), decoder
 
 
 def img2img(

@@ -14,9 +14,10 @@ from torch import Tensor
 from ..data.dataset import to_uint8
 from ..data.sources import DataSpec, DataSplits, load_data
 from ..diffusion.guidance import GuidanceSchedule
-from ..diffusion.sampling import ClipMode, Predict, ddim_encode, ddim_sample, ddim_timesteps
-from ..diffusion.schedule import NoiseSchedule, spaced_indices
+from ..diffusion.sampling import ClipMode, Predict, ddim_timesteps, level
+from ..diffusion.schedule import NoiseSchedule
 from ..errors import InputError, RunFailed
+from ..evaluation.encoding import decode, encode
 from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
 from ..recipe import EvaluationSpec, parse_recipe
@@ -81,9 +82,10 @@ class Drawer:
         return ddim_timesteps(self.schedule.T, self.steps)
 
     @property
-    def bridge(self) -> list[int]:
-        """Ascending: evenly spaced up to the noisiest, of encoding and of the way back."""
-        return spaced_indices(self.schedule.T, self.steps, "trailing")
+    def noisiest(self) -> tuple[float, float]:
+        """Signal and noise scale where encoding ends and decoding begins."""
+        ends = self.denoiser.end
+        return level(self.schedule, self.schedule.T - 1) if ends is None else (float(ends[0]), float(ends[1]))
 
     def predict(self, labels: Tensor) -> Predict:
         """``(x_t, t, scale) -> prediction`` for images of these classes (B,)."""
@@ -97,18 +99,13 @@ class Drawer:
         """What every sampler wants to know."""
         return {"prediction_type": self.denoiser.prediction_type, "clip": self.clip}
 
-    def decode(self, x: Tensor, labels: Tensor) -> Tensor:
-        """From noise (B, ...) over the levels of ``bridge`` to images."""
-        return ddim_sample(
-            self.predict(labels), x, self.schedule, self.scale, timesteps=self.bridge[::-1], **self.how()
-        )
-
     def encode(self, images: Tensor, labels: Tensor) -> Tensor:
-        """From images (B, ...) over the levels of ``bridge`` to noise; nothing is clipped."""
-        kind = self.denoiser.prediction_type
-        return ddim_encode(
-            self.predict(labels), images, self.schedule, self.scale, timesteps=self.bridge, prediction_type=kind
-        )
+        """From images (B, ...) up to noise, over evenly spaced levels or an encoder's own; nothing is clipped."""
+        return encode(self.denoiser, images, labels, self.scale, steps=self.steps)
+
+    def decode(self, noise: Tensor, labels: Tensor) -> Tensor:
+        """Back over the same levels to images."""
+        return decode(self.denoiser, noise, labels, self.scale, steps=self.steps, clip=self.clip)
 
 
 @dataclass(frozen=True)
@@ -126,14 +123,15 @@ class Told:
         return "\n".join([*self.lines, f"wrote {self.out}"])
 
 
-def open_model(source: str, device: torch.device, field: str = "model") -> LoadedModel:
+def open_model(source: str, device: torch.device, field: str = "model", *, encoders: bool = False) -> LoadedModel:
     """A model whose steps are deterministic.
 
     Args:
         field: the argument or option that named it, which errors then name too.
+        encoders: whether one that goes from images to noise alone will do.
 
     Raises:
-        InputError: what ``load_model`` refuses, or a model that was trained for the stochastic sampler.
+        InputError: what ``load_model`` refuses, or a model that was trained for another sampler.
     """
     try:
         loaded = load_model(source, device)
@@ -142,6 +140,9 @@ def open_model(source: str, device: torch.device, field: str = "model") -> Loade
     if loaded.denoiser.sampler == "stochastic":
         mend = "give one that was trained with method.sampler=deterministic"
         raise InputError(field, source, mend, problem="takes random steps, and this needs deterministic ones")
+    if loaded.denoiser.sampler == "encode" and not encoders:
+        mend = "give a model that draws images; transfer takes it as the model to encode with"
+        raise InputError(field, source, mend, problem="is an encoder, from images to noise")
     return loaded
 
 
@@ -164,6 +165,10 @@ def drawer(
     except InputError as error:
         raise renamed(error, guidance_field) from None
     T = model.denoiser.schedule.T
+    if model.denoiser.sampler == "encode":
+        if steps not in (None, T):
+            raise InputError(steps_field, steps, f"use {T}, or leave it out: an encoder takes all its steps")
+        return Drawer(model, scale, T, clip)
     if steps is not None and not 1 <= steps <= T:
         raise InputError(steps_field, steps, f"use 1..{T}, the length of the model's schedule")
     return Drawer(model, scale, min(STEPS, T) if steps is None else steps, clip)
@@ -176,15 +181,24 @@ def renamed(error: InputError, field: str) -> InputError:
     return InputError.about(field, str(error).removeprefix(f"{error.field}: "))
 
 
+def check_shape(mine: Denoiser, theirs: Denoiser, field: str) -> None:
+    """Two models that can start from the same noise.
+
+    Raises:
+        InputError: images of another shape.
+    """
+    if mine.sample_shape != theirs.sample_shape:
+        mend = f"give one of the model's images, {mine.sample_shape}"
+        raise InputError(field, theirs.sample_shape, mend, problem="is another shape of images")
+
+
 def check_alike(mine: Denoiser, theirs: Denoiser, field: str) -> None:
     """Two models that can start from the same noise and labels.
 
     Raises:
         InputError: other images or classes.
     """
-    if mine.sample_shape != theirs.sample_shape:
-        mend = f"give one of the model's images, {mine.sample_shape}"
-        raise InputError(field, theirs.sample_shape, mend, problem="is another shape of images")
+    check_shape(mine, theirs, field)
     if mine.num_classes != theirs.num_classes:
         mend = f"give one of the model's {mine.num_classes} classes"
         raise InputError(field, f"{theirs.num_classes} classes", mend, problem="does not fit")

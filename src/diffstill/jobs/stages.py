@@ -71,6 +71,9 @@ def _rounds(name: str, spec: StageSpec) -> Iterator[tuple[str, dict[str, Any]]]:
     base = load_recipe(spec.recipe or "", spec.overrides)
     if isinstance(base, ChainRecipe):
         raise InputError(f"stages.{name}.recipe", spec.recipe, "name a recipe of kind distill", problem="is a chain")
+    if not METHODS[base.method.name].fewer_steps:
+        mend = f"remove them: {base.method.name} makes no fewer steps"
+        raise InputError(f"stages.{name}.rounds", list(spec.rounds), mend)
     images, spacing = base.training.images, METHODS[base.method.name].spacing
     for number, steps in enumerate(spec.rounds):
         respace: dict[str, Any] = {"steps": steps, "spacing": spacing, "teacher_steps": None, "timesteps": None}
@@ -89,15 +92,13 @@ def _stage(recipe: ChainRecipe, name: str, spec: StageSpec, overrides: dict[str,
         raise InputError(f"{field}.recipe", spec.recipe, "name a recipe of kind train or distill", problem="is a chain")
     placed: dict[str, Any] = {"data": resolved(recipe)["data"], "seed": recipe.seed, "device": recipe.device}
     if isinstance(base, TrainRecipe):
-        if spec.of is not None or spec.rounds:
-            problem = "trains from data alone, without of and rounds"
-            raise InputError(f"{field}.recipe", spec.recipe, "name a recipe of kind distill", problem=problem)
+        if spec.of is not None:
+            problem = "trains from data alone"
+            raise InputError(f"{field}.of", spec.of, f"remove it: {spec.recipe} has no teacher", problem=problem)
         of = None
     elif of is None:
         mend = "begin with a recipe of kind train, or with model: a finished one"
         raise InputError(f"{field}.recipe", spec.recipe, mend, problem="needs a teacher, and no stage comes before")
-    elif spec.rounds and not METHODS[base.method.name].fewer_steps:
-        raise InputError(f"{field}.rounds", list(spec.rounds), f"remove them: {base.method.name} makes no fewer steps")
     else:
         placed |= {"teacher": {"model": f"stage {of}", "recipe": None, "overrides": {}}, "beside": {}, "arena": {}}
     made = parse_recipe({**resolved(base), **placed, "name": name})
