@@ -88,6 +88,8 @@ def null_label(points: Points) -> str:
     """There is a null label after the last class, and it is none of the classes."""
     _guided(points)
     denoiser = points.denoiser
+    if denoiser.takes_scale:
+        raise NotApplicable("the guidance scale is an input; there is no null branch")
     try:
         with denoiser.evaluating():
             null = denoiser.null(points.x_t, points.t)
@@ -100,12 +102,26 @@ def null_label(points: Points) -> str:
 
 
 def branches(points: Points) -> str:
-    """Both branches in one forward are what two calls give."""
+    """Both branches in one forward are what two calls give; a scale that is an input has an effect."""
     _guided(points)
+    if points.denoiser.scale_range is not None:
+        return _scale(points, points.denoiser.scale_range)
     with points.denoiser.evaluating():
         cond, null = points.denoiser.branches(points.x_t, points.t, points.labels)
         apart = torch.cat([points.predicted(), points.denoiser.null(points.x_t, points.t)])
     return _close(torch.cat([cond, null]), apart, "one forward of both branches and two")
+
+
+def _scale(points: Points, ends: tuple[float, float]) -> str:
+    with points.denoiser.evaluating():
+        low, high = (points.denoiser.guided(points.x_t, points.t, points.labels, s) for s in ends)
+        each = torch.tensor([ends[i % 2] for i in range(len(points.t))])
+        mixed = points.denoiser.guided(points.x_t, points.t, points.labels, each)
+    if torch.equal(low, high):
+        raise Broken(f"the answers at scales {ends[0]:g} and {ends[1]:g} are equal: the dial does nothing")
+    picked = torch.where((each == ends[0]).view(-1, *[1] * (low.ndim - 1)), low, high)
+    close = _close(mixed, picked, "a batch of several scales and one scale at a time")
+    return f"{close}, scales {ends[0]:g} to {ends[1]:g}"
 
 
 def conversions(points: Points) -> str:

@@ -151,6 +151,16 @@ class NoiseSchedule:
         before = torch.cat([torch.ones(1, dtype=torch.float64), levels[:-1]])
         return NoiseSchedule(f"{self.name}-{len(chosen)}", (1 - levels / before).clamp(max=FLOAT32_BETA))
 
+    def steps_in(self, other: NoiseSchedule) -> list[int] | None:
+        """Which steps of ``other`` have this schedule's noise levels; None where it has not all of them.
+
+        The inverse of ``respace``: what it rounded (tables in float32, betas kept below 1) counts as equal.
+        """
+        mine, theirs = self.alphas_cumprod, other.alphas_cumprod
+        found = (mine[:, None] - theirs[None, :]).abs().argmin(1)
+        near = torch.allclose(mine, theirs[found], rtol=1e-4, atol=1e-6)
+        return found.tolist() if near and bool((found.diff() > 0).all()) else None
+
     def fingerprint(self) -> str:
         """Hash of the beta table; two models can share a curriculum only if theirs are equal."""
         return hashlib.sha256(self.betas.numpy().tobytes()).hexdigest()[:16]

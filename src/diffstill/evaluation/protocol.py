@@ -19,7 +19,7 @@ from .encoding import measure_encoding
 from .features import Extractor, extract
 from .frechet import FeatureStats, frechet_estimate
 from .guidance_fidelity import check_comparable, measure_fidelity
-from .intervals import pool, proportion
+from .intervals import mean_interval, pool, proportion
 from .neighbours import KernelDistance, Manifold, precision_recall
 from .processes import gather_rows, share
 from .results import Cost, Estimate, Fidelity, ModelEvaluation, Protocol, ScalePoint
@@ -144,7 +144,8 @@ class Evaluator:
         if compared is not None:
             check_comparable(denoiser, compared, self._held_out)
         meter = _Meter(progress, self._work(denoiser, schedules, steps))
-        sweep = [self._point(denoiser, schedule, guided, steps, meter) for schedule in schedules]
+        anchors: dict[int, Tensor] = {}
+        sweep = [self._point(denoiser, schedule, guided, steps, anchors, meter) for schedule in schedules]
         meter.say("guidance fidelity and cost")
         fidelity = self._fidelity(denoiser, compared) if compared is not None else None
         measured = self._cost(denoiser, guided, steps) if cost else None
@@ -178,9 +179,19 @@ class Evaluator:
         )
 
     def _point(
-        self, denoiser: Denoiser, schedule: GuidanceSchedule, guided: bool, steps: int, meter: _Meter
+        self,
+        denoiser: Denoiser,
+        schedule: GuidanceSchedule,
+        guided: bool,
+        steps: int,
+        anchors: dict[int, Tensor],
+        meter: _Meter,
     ) -> ScalePoint:
-        """One guidance setting, pooled over the seeds."""
+        """One guidance setting, pooled over the seeds.
+
+        Args:
+            anchors: sampling seed -> features of the first setting's images, filled in by the first setting.
+        """
         nfe = count_nfe(schedule, denoiser.schedule.T, steps, one_pass=denoiser.takes_scale)
         mine = share(self.settings.samples)
         found: dict[str, list[Estimate]] = {}
@@ -198,14 +209,19 @@ class Evaluator:
                 progress=lambda done: meter.at(done / len(mine) * nfe * self.settings.samples, f"guidance {schedule}"),
             )
             meter.add(nfe * self.settings.samples)
-            for metric, estimate in self._metrics(images, mine.start, denoiser.num_classes).items():
+            features = gather_rows(extract(self.extractor, images, self.settings.batch_size))
+            metrics = self._metrics(features, images, mine.start, denoiser.num_classes)
+            if seed in anchors:
+                metrics["response"] = mean_interval((features - anchors[seed]).norm(dim=1))
+            anchors.setdefault(seed, features)
+            for metric, estimate in metrics.items():
                 found.setdefault(metric, []).append(estimate)
         return ScalePoint(guidance=str(schedule), nfe=nfe, **{metric: pool(each) for metric, each in found.items()})
 
-    def _metrics(self, images: Tensor, first: int, num_classes: int) -> dict[str, Estimate]:
-        """The metrics of one seed from this process's images (n, C, H, W) uint8, whose first has index ``first``."""
+    def _metrics(self, features: Tensor, images: Tensor, first: int, num_classes: int) -> dict[str, Estimate]:
+        """The metrics of one seed from all images' features (N, dim) and this process's images (n, C, H, W) uint8, whose
+        first has index ``first``."""
         settings = self.settings
-        features = gather_rows(extract(self.extractor, images, settings.batch_size))
         points = features[: settings.neighbour_points]
         near = precision_recall(self._points, points, settings.neighbours, real_manifold=self._manifold)
         found = {

@@ -70,6 +70,9 @@ class ScalePoint(Result):
     precision: Estimate | None = None
     recall: Estimate | None = None
     class_agreement: Estimate | None = Field(None, description="share of samples classified as the label asked for")
+    response: Estimate | None = Field(
+        None, description="mean distance in features from the same noise and label at the sweep's first setting"
+    )
 
 
 class FidelityBin(Result):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..data.batches import stream_seed
 from ..data.dataset import ImageData
 from ..data.sources import DataSplits
+from ..diffusion.guidance import parse_guidance
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule, spaced_indices
 from ..engine.runtime import Runtime
@@ -176,6 +177,32 @@ def respaced(teacher: Teacher, spec: RespaceSpec | None) -> Teacher:
     if curriculum is not None:
         curriculum = curriculum.respace(denoiser.schedule, denoiser.whole[1])
     return replace(teacher, denoiser=denoiser, curriculum=curriculum)
+
+
+def seen_through(teacher: Teacher, student: Denoiser) -> Teacher:
+    """The teacher respaced to a finished student's noise levels, where it has them all; else as it is."""
+    if student.schedule.same_as(teacher.denoiser.schedule):
+        return teacher
+    steps = student.schedule.steps_in(teacher.denoiser.schedule)
+    return respaced(teacher, RespaceSpec(timesteps=tuple(steps))) if steps else teacher
+
+
+def check_scales(model: Denoiser, guidance: Sequence[str], field: str) -> None:
+    """Guidance must stay where a network that takes the scale was trained.
+
+    Raises:
+        InputError: for the first setting that does not.
+    """
+    if model.scale_range is None:
+        return
+    low, high = model.scale_range
+    T = model.schedule.T
+    for text in guidance:
+        schedule = parse_guidance(text)
+        reached = [schedule(t, T) for t in range(T)]
+        if not low <= min(reached) <= max(reached) <= high:
+            problem = f"leaves the scales that this model knows, {low:g} to {high:g}"
+            raise InputError(field, text, f"stay within {low:g} and {high:g}", problem=problem)
 
 
 def restore_curriculum(

@@ -24,6 +24,7 @@ from .build import (
     build_student,
     check_data,
     check_run,
+    check_scales,
     open_teacher,
     probe_data,
     respaced,
@@ -83,7 +84,10 @@ def prepare_student(recipe: DistillRecipe, data: DataSplits, teacher: Teacher) -
     check_data(data, teacher.denoiser)
     student = build_student(recipe.student, recipe.method, teacher.denoiser, recipe.seed)
     setting = Setting(student, teacher.denoiser, teacher.curriculum)
-    return student, build_method(recipe.method, setting, recipe.seed)
+    method = build_method(recipe.method, setting, recipe.seed)
+    if method.guided:
+        check_scales(method.student, recipe.evaluation.guidance, "evaluation.guidance")
+    return student, method
 
 
 def obtain_teacher(

@@ -14,12 +14,13 @@ from ..diffusion.sampling import ClipMode
 from ..engine.runtime import Runtime
 from ..errors import InputError, RunFailed
 from ..evaluation.sampling import sample_images
+from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
-from ..recipe import EvaluationSpec, RespaceSpec, override_section, parse_recipe
+from ..recipe import EvaluationSpec, override_section, parse_recipe
 from ..report.page import write_report
 from ..report.pictures import grid, save_png
 from ..report.receipt import Receipt, environment
-from .build import as_teacher, check_data, respaced
+from .build import as_teacher, check_data, check_scales, seen_through
 from .finish import Subject, ancestry, describe_data, draw_pictures, evaluate_subjects, evaluator_for, teacher_subjects
 from .train import Finished
 from .ui import Ui
@@ -37,7 +38,14 @@ def guidance_of(text: str | None, model: LoadedModel) -> GuidanceSchedule:
         raise InputError("guidance", text, str(error)) from None
     if not model.guided and text is not None and text != "1":
         raise InputError("guidance", text, "leave it out", problem="cannot be set: this model has one scale baked in")
+    if model.guided:
+        check_scales(model.denoiser, [str(made)], "guidance")
     return made
+
+
+def default_steps(model: Denoiser) -> int:
+    """50, or all of a model that has fewer or that takes all or none."""
+    return min(50, model.schedule.T) if model.sampler == "ddim" else model.schedule.T
 
 
 def parse_labels(text: str | None, class_names: Sequence[str]) -> list[int] | None:
@@ -91,7 +99,7 @@ def sample(
             model.denoiser,
             len(wanted),
             guidance=scale,
-            steps=min(50, model.denoiser.schedule.T) if steps is None else steps,
+            steps=steps or default_steps(model.denoiser),
             seed=seed,
             batch_size=batch_size,
             clip=clip,
@@ -133,18 +141,21 @@ def evaluate(
         raise InputError("data", None, "name it with --data, e.g. --data digits", problem="is not known from the model")
     data_spec = DataSpec.parse(data) if data is not None else recipe.data  # type: ignore[union-attr]
     spec = spec or (recipe.evaluation if recipe else EvaluationSpec())
+    if recipe and spec is recipe.evaluation:  # a chain's protocol may be of more steps than a stage's model has
+        spec = spec.model_copy(update={"steps": min(spec.steps, model.denoiser.schedule.T)})
     if (out / "receipt.json").exists() and Receipt.load(out / "receipt.json").kind != "eval":
         raise InputError("out", str(out), "name another folder", problem="holds a run, whose receipt would be lost")
     splits = load_data(data_spec)
     check_data(splits, model.denoiser, "model")
+    if model.guided:
+        check_scales(model.denoiser, spec.guidance, "evaluation.guidance")
     name = model.lineage.name if model.lineage else model.folder.name
     method = model.lineage.method if model.lineage else ""
     subjects = [Subject("model", model.denoiser, method, model.folder, model.guided)]
     if teacher is not None:
         loaded = load_model(teacher, runtime.device)
         check_data(splits, loaded.denoiser)
-        steps = model.lineage.timesteps if model.lineage else []
-        made = respaced(as_teacher(loaded), RespaceSpec(timesteps=tuple(steps)) if steps else None)
+        made = seen_through(as_teacher(loaded), model.denoiser)
         student = Subject("student", model.denoiser, method, model.folder, model.guided, against=made.denoiser)
         subjects = [*teacher_subjects(made, spec), student]
     evaluator = evaluator_for(spec, splits, runtime)

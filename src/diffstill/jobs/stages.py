@@ -90,7 +90,7 @@ def _stage(recipe: ChainRecipe, name: str, spec: StageSpec, overrides: dict[str,
     base = load_recipe(spec.recipe or "", {**spec.overrides, **overrides})
     if isinstance(base, ChainRecipe):
         raise InputError(f"{field}.recipe", spec.recipe, "name a recipe of kind train or distill", problem="is a chain")
-    placed: dict[str, Any] = {"data": resolved(recipe)["data"], "seed": recipe.seed, "device": recipe.device}
+    placed: dict[str, Any] = {name: resolved(recipe)[name] for name in ("data", "seed", "device", "evaluation")}
     if isinstance(base, TrainRecipe):
         if spec.of is not None:
             problem = "trains from data alone"

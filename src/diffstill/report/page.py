@@ -141,6 +141,7 @@ def _sweep_plots(models: Mapping[str, ModelEvaluation], protocol: Protocol | Non
     return [
         plots.sweep(models, "fd", f"{metric} over guidance", floor),
         plots.sweep(models, "class_agreement", "Class agreement over guidance"),
+        plots.sweep(models, "response", "What the dial does: distance in features from the first setting"),
     ]
 
 
