@@ -22,9 +22,20 @@ from pydantic_core import PydanticUndefined
 from diffstill.cli import build_parser, parse
 from diffstill.errors import InputError
 from diffstill.jobs.arena import choose_arms
+from diffstill.jobs.stages import stages_of
 from diffstill.methods import METHODS, CurriculumOptions
-from diffstill.models.adapters import FAMILIES
-from diffstill.recipe import DistillRecipe, EvaluationSpec, builtin_recipes, load_recipe, override_section, schema
+from diffstill.models.adapters import FAMILIES, guided_unet2d
+from diffstill.recipe import (
+    ChainRecipe,
+    DistillRecipe,
+    EvaluationSpec,
+    StageSpec,
+    builtin_recipes,
+    load_recipe,
+    override_section,
+    schema,
+)
+from diffstill.recipe.chain import BaselineSpec
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -92,6 +103,8 @@ def test_command_is_understood(line: str) -> None:
     if name in builtin_recipes():
         recipe = load_recipe(name, overrides)
         assert arguments.command in (recipe.kind, "arena")
+        if isinstance(recipe, ChainRecipe):
+            stages_of(recipe)
         if arguments.command == "arena":
             assert isinstance(recipe, DistillRecipe)
             choose_arms(recipe, arguments.methods.split(",") if arguments.methods else None)
@@ -190,6 +203,9 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "respace": schema.RespaceSpec,
     "arena": schema.ArenaSpec,
     "arm": schema.ArmSpec,
+    "chain": ChainRecipe,
+    "stage": StageSpec,
+    "baseline": BaselineSpec,
     "curriculum": CurriculumOptions,
     **{f"method {name}": method.options_class for name, method in METHODS.items()},
 }
@@ -254,6 +270,7 @@ def options_table(options: dict[str, Any]) -> str:
 def generated() -> dict[str, str]:
     tables = {name: table_of(model) for name, model in SECTIONS.items()}
     tables |= {f"family {name}": options_table(family.options) for name, family in FAMILIES.items()}
+    tables["family guided_unet2d"] = options_table(guided_unet2d.OPTIONS)  # the rest is unet2d's
     tables["recipes"] = "\n".join(
         ["| recipe | |", "|---|---|"]
         + [f"| `{name}` | {load_recipe(name).description} |" for name in builtin_recipes()]

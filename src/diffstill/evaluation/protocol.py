@@ -219,8 +219,8 @@ class Evaluator:
         return ScalePoint(guidance=str(schedule), nfe=nfe, **{metric: pool(each) for metric, each in found.items()})
 
     def _metrics(self, features: Tensor, images: Tensor, first: int, num_classes: int) -> dict[str, Estimate]:
-        """The metrics of one seed from all images' features (N, dim) and this process's images (n, C, H, W) uint8, whose
-        first has index ``first``."""
+        """The metrics of one seed: ``features`` (N, dim) of all images, ``images`` (n, C, H, W) uint8 this process's
+        from index ``first`` on."""
         settings = self.settings
         points = features[: settings.neighbour_points]
         near = precision_recall(self._points, points, settings.neighbours, real_manifold=self._manifold)
