@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,7 +158,8 @@ def test_what_does_not_touch_the_weights_retrains_nothing(done: Path) -> None:
 def test_a_finished_model_may_be_the_first_stage(done: Path, tmp_path: Path) -> None:
     teacher = folders(done / "run")["teacher"] / "model"
     sha = weights_sha256(load_model(teacher).denoiser.network)
-    tree = {**CHAIN, "stages": {"mine": {"model": str(teacher)}, "dial": CHAIN["stages"]["dial"]}}  # type: ignore[index]
+    stages: Any = CHAIN["stages"]
+    tree = {**CHAIN, "stages": {"mine": {"model": str(teacher)}, "dial": stages["dial"]}}
     assert main(["chain", written(tmp_path, tree), "--out", str(tmp_path / "run"), "--quiet"]) == 0
     student = load_model(folders(tmp_path / "run")["dial"] / "model")
     assert student.lineage is not None
@@ -168,7 +170,8 @@ def test_a_finished_model_may_be_the_first_stage(done: Path, tmp_path: Path) -> 
 def test_weights_that_were_changed_by_hand_are_not_built_upon(
     done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tree = {**CHAIN, "stages": {"teacher": CHAIN["stages"]["teacher"]}, "baselines": []}  # type: ignore[index]
+    stages: Any = CHAIN["stages"]
+    tree = {**CHAIN, "stages": {"teacher": stages["teacher"]}, "baselines": []}
     command = ["chain", written(tmp_path, tree), "--out", str(tmp_path / "run"), "--quiet"]
     assert main(command) == 0
     mark = next((tmp_path / "run" / "stages").glob("*/stage.json"))
@@ -182,7 +185,10 @@ def test_weights_that_were_changed_by_hand_are_not_built_upon(
     [
         ({"a": {"recipe": "digits-guided"}}, "stages.a.recipe: 'digits-guided' needs a teacher, and no stage comes"),
         ({"a": {"recipe": "digits-teacher-v"}, "b": {"recipe": "digits-guided", "of": "c"}}, "'c' is no earlier stage"),
-        ({"a": {"recipe": "digits-teacher-v", "rounds": [2]}}, "stages.a.rounds: [2] is not usable; remove them: supervised makes no fewer steps"),
+        (
+            {"a": {"recipe": "digits-teacher-v", "rounds": [2]}},
+            "stages.a.rounds: [2] is not usable; remove them: supervised makes no fewer steps",
+        ),
         ({"a": {"recipe": "digits-teacher-v", "model": "x"}}, "stages.a: give either recipe (trained here) or model"),
         ({"a": {"recipe": "cascade-digits"}}, "stages.a.recipe: 'cascade-digits' is a chain"),
         (
