@@ -22,6 +22,9 @@ from .folder import RunFolder
 from .stage import Planned, run_stage, summarise
 from .ui import Ui
 
+USUAL = "2"
+"""Guidance of a model whose best one is not known yet."""
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -43,13 +46,15 @@ def save_trained(
     images: int,
     teacher: Lineage | None = None,
     name: str | None = None,
-    default_guidance: str = "2",
+    default_guidance: str = USUAL,
     seed: int | None = None,
     **card: Any,
 ) -> Lineage:
     """The model folder of a trained EMA network, with its curriculum and lineage."""
     curriculum = method.curriculum
     tensors = dict(method.artefacts())
+    if student.scale_range is not None and default_guidance == USUAL:
+        default_guidance = f"{min(max(float(USUAL), student.scale_range[0]), student.scale_range[1]):g}"
     lineage = Lineage.new(
         name or recipe.name,
         method.name,

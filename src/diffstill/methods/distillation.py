@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pydantic import Field
 from torch import Tensor
 
+from ..diffusion.sampling import SamplerName
 from ..errors import InputError
 from ..models.denoiser import Denoiser
 from .base import Batch, Method, Options, RoleOptimizer, Setting
@@ -43,11 +44,19 @@ class Distillation(Method):
         return self.curriculum.table() if self.curriculum else {}
 
 
-def require_teacher(setting: Setting) -> Denoiser:
-    """The teacher, once student and teacher are seen to speak of the same thing."""
+def require_teacher(setting: Setting, *, made_for: tuple[SamplerName, ...] = ("ddim", "stochastic")) -> Denoiser:
+    """The teacher, once student and teacher are seen to speak of the same thing.
+
+    Args:
+        made_for: the samplers that the teacher's steps may be made for.
+    """
     student, teacher = setting.student, setting.teacher
     if teacher is None:
         raise InputError("teacher", None, "name a teacher model folder", problem="is missing")
+    sampler = teacher.whole[0].sampler
+    if sampler not in made_for:
+        mend = f"use a teacher made for {' or '.join(made_for)}"
+        raise InputError("teacher", f"a model made to be sampled by {sampler}", mend, problem="does not fit the method")
     if not student.schedule.same_as(teacher.schedule):
         raise InputError(
             "schedule",

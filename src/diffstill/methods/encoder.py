@@ -45,11 +45,7 @@ class Encoder(Method):
 
     def __init__(self, setting: Setting, options: Options) -> None:
         super().__init__(setting, options)
-        self.teacher = require_teacher(setting)
-        root, _ = self.teacher.whole
-        if root.sampler == "stochastic":
-            mend = "use a teacher for deterministic sampling"
-            raise InputError("teacher", "this one", mend, problem="is made for the stochastic sampler")
+        self.teacher = require_teacher(setting, made_for=("ddim", "encode"))
         if self.student.takes_scale != self.teacher.takes_scale:
             mend = "use family: teacher"
             raise InputError("student.family", "this one", mend, problem="differs from the teacher in its scale input")

@@ -78,6 +78,13 @@ class Progressive(Method):
             return
         # Respaced twice (teacher_steps), it would be seen in steps that it was not made for.
         origin, chosen = self.teacher.origin or (self.teacher, torch.arange(self.schedule.T))
+        if self.options.teacher_evaluations is not None:
+            raise InputError(
+                "method.teacher_evaluations",
+                self.options.teacher_evaluations,
+                "leave it out: such a teacher goes in its own jumps",
+                problem="does not fit a teacher that was made for the stochastic sampler",
+            )
         if self.options.sampler != "stochastic" or origin is not root or bool((chosen % JUMP == 0).any()):
             raise InputError(
                 "method.sampler",

@@ -65,7 +65,7 @@ class Sfddm(Method):
     def __init__(self, setting: Setting, options: Options) -> None:
         super().__init__(setting, options)
         o = self.options
-        self.teacher = require_teacher(setting)
+        self.teacher = require_teacher(setting, made_for=("ddim",))
         if o.time_index == "teacher":
             self.student = self.student.with_network(self.student.network)
             self.student.time_index = self.teacher.time_index

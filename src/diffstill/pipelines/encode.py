@@ -26,6 +26,7 @@ class EncodeScheduler(SchedulerMixin, ConfigMixin):
 
     order = 1
     init_noise_sigma = 1.0
+    takes_all_steps = True
 
     @register_to_config
     def __init__(

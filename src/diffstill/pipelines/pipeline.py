@@ -88,7 +88,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_labels: labels 0..num_classes-1 or class names; one, a list, or a tensor.
             guidance_scale: constant scale; 1 is purely conditional and skips the null pass. None: the model's default.
             generator: one for all images, or a list with one an image: then an image does not depend on its batch.
-            num_inference_steps: steps of the scheduler, 1..num_train_timesteps; None: 50, or all where there are fewer.
+            num_inference_steps: steps of the scheduler, 1..num_train_timesteps; None: 50, or all where there are fewer
+                or the scheduler takes no other number.
             output_type: ``pil`` images, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W) in [0, 1], ``latent``: as sampled.
             return_dict: False gives a tuple instead of an ``ImagePipelineOutput``.
             guidance_schedule: a scale that depends on the timestep, instead of ``guidance_scale``: ``tag:1,4,5``
@@ -166,7 +167,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """The scheduler with its timesteps set, and the options of its ``step`` that it knows."""
         scheduler = self.scheduler
         T = scheduler.config.num_train_timesteps
-        steps = min(50, T) if steps is None else steps
+        usual = T if getattr(scheduler, "takes_all_steps", False) else min(50, T)
+        steps = usual if steps is None else steps
         if not 1 <= steps <= T:
             raise ValueError(f"num_inference_steps {steps} must lie in 1..{T}")
         if clip not in ("recompute", "paper", "none"):

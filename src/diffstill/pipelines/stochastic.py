@@ -27,6 +27,7 @@ class StochasticJumpScheduler(SchedulerMixin, ConfigMixin):
 
     order = 1
     init_noise_sigma = 1.0
+    takes_all_steps = True
 
     @register_to_config
     def __init__(
