@@ -225,7 +225,7 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path, options: dict[str, Any]
 
 def test_a_network_without_a_diffusers_form_is_refused(tmp_path: Path) -> None:
     model = Denoiser(torch.nn.Linear(1, 1), NoiseSchedule.create(), 3, (1, 8, 8))
-    with pytest.raises(InputError, match=r"^network: 'Linear' is not usable; only unet2d, guided_unet2d, dit networks"):
+    with pytest.raises(InputError, match=r"^network: 'Linear' is not usable; only unet2d, guided_unet2d, unet2d_condition, dit networks"):
         save(model, tmp_path / "model")
 
 
@@ -258,7 +258,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     "not an object": (lambda f: (f / "model_index.json").write_text("[]"), "a model_index.json that is no JSON object"),
     "other pipeline": (
         lambda f: edit(f / "model_index.json", lambda c: c.update(unet=["diffusers", "UNet2DConditionModel"])),
-        "holds unet UNet2DConditionModel, scheduler DDIMScheduler; give a class-conditional UNet2DModel",
+        "has an unusable unet/config.json",
     ),
     "latents": (
         lambda f: edit(f / "model_index.json", lambda c: c.update(vae=["diffusers", "AutoencoderKL"])),

@@ -178,7 +178,7 @@ def tiny_denoiser(
             norm_num_groups=4,
         )
     made = Denoiser(network, schedule, classes, shape, like.prediction_type if like else kind)
-    made.scale_range = (1.0, 2.0) if FAMILIES[family].takes_scale else None
+    made.scale_range = (1.0, 2.0) if FAMILIES[family].takes_scale(network) else None
     return made
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DModel
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -22,8 +21,7 @@ from ..diffusion.schedule import NoiseSchedule, spaced_indices
 from ..engine.runtime import Runtime
 from ..errors import InputError
 from ..methods import METHODS, Curriculum, Method, Setting
-from ..models.adapters import FAMILIES, family_of, guided_unet2d, unwrap
-from ..models.adapters.guided_unet2d import with_scale_input
+from ..models.adapters import FAMILIES, family_of, guided_unet2d, unwrap, with_scale_input
 from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
 from ..models.lineage import Lineage
@@ -88,7 +86,7 @@ def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed
         if init != "fresh":
             inherit(teacher.network, network, select="magnitude" if init == "magnitude" else "first")
     student = Denoiser(network, teacher.schedule, classes, shape, teacher.prediction_type)
-    if family_of(network).takes_scale:
+    if family_of(network).takes_scale(network):
         if not (made.scale_input or teacher.takes_scale):
             mend = f"use unet2d: {method.name} trains two branches, or a method that trains scales (guided)"
             raise InputError("student.family", spec.family, mend, problem="takes the guidance scale")
@@ -113,9 +111,6 @@ def _as_teacher(spec: NetworkSpec, teacher: Denoiser, scale_input: bool, init: s
     else:
         network = copy.deepcopy(network)
     if scale_input and not teacher.takes_scale:
-        if not isinstance(network, UNet2DModel):
-            mend = "use a teacher of the unet2d family"
-            raise InputError("student.family", family_of(network).name, mend, problem="cannot take the guidance scale")
         try:
             network = with_scale_input(network, **{**guided_unet2d.OPTIONS, **spec.options})
         except ValueError as error:

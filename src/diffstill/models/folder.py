@@ -27,6 +27,7 @@ from ..disk import sync, sync_tree
 from ..errors import InputError, RunFailed
 from ..pipelines import component_source, travelling_source
 from .adapters import Family, family_of, unwrap
+from .adapters.guided_unet2d import GUIDED_UNET2D
 from .card import write_card
 from .denoiser import Denoiser
 from .lineage import Lineage, weights_sha256
@@ -142,8 +143,9 @@ def _index(denoiser: Denoiser, class_names: Sequence[str], guided: bool, default
 def _travelling(denoiser: Denoiser) -> dict[str, tuple[str, str]]:
     """Component -> (module, class) of those whose code is ours and lies in the folder."""
     found = {}
-    if denoiser.takes_scale:
-        found["unet"] = ("guided_unet", family_of(denoiser.network).network_class.__name__)
+    family = family_of(denoiser.network)
+    if family is GUIDED_UNET2D:
+        found["unet"] = ("guided_unet", family.network_class.__name__)
     if denoiser.sampler in SCHEDULERS:
         found["scheduler"] = (denoiser.sampler, SCHEDULERS[denoiser.sampler].__name__)
     return found

@@ -27,7 +27,7 @@ from .adapters import FAMILIES, family_of
 from .denoiser import Denoiser
 from .lineage import Lineage, weights_sha256
 
-COMPONENTS = {"unet2d": "unet", "guided_unet2d": "unet", "dit": "transformer"}
+COMPONENTS = {"unet2d": "unet", "guided_unet2d": "unet", "unet2d_condition": "unet", "dit": "transformer"}
 """Where each family's network lies in the folder, by the adapter's name."""
 SCHEDULERS: dict[SamplerName, Any] = {"stochastic": StochasticJumpScheduler, "encode": EncodeScheduler}
 """Samplers whose scheduler is ours and travels, by what ``Denoiser.sampler`` calls them."""
@@ -229,7 +229,7 @@ def _load_time_index(folder: Path, index: dict[str, Any], T: int) -> Tensor | No
 
 
 def _load_scale_range(folder: Path, index: dict[str, Any], network: Any) -> tuple[float, float] | None:
-    if not family_of(network).takes_scale:
+    if not family_of(network).takes_scale(network):
         return None
     found = index.get("guidance_range")
     ends: list[Any] = [found.get("low"), found.get("high")] if isinstance(found, dict) else []

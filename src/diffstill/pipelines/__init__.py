@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+ROOT = Path(__file__).parents[1]
 _HEADER = '''"""Sampling code of this model: a stock diffusers pipeline, written by diffstill {version} (Apache-2.0).
 
 Load it with ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)``; diffstill need not be installed.
@@ -14,31 +16,34 @@ Load it with ``DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
 
 
 def travelling_source(version: str) -> str:
-    """The ``pipeline.py`` of an exported folder: ``diffusion/guidance.py`` and ``pipelines/pipeline.py`` in one file.
+    """The ``pipeline.py`` of an exported folder: what it needs of ``diffusion/`` and ``pipelines/pipeline.py`` in one.
 
     One file and not two, because diffusers (0.42) copies the custom code of every local folder into one shared module
     cache and re-executes only the pipeline itself: a second folder's ``from .guidance import ...`` would silently get
     the guidance of the folder that was loaded first. The formula keeps its single home in ``diffusion/guidance.py``.
     """
-    room = Path(__file__).parent
+    files = ["diffusion/guidance.py", "diffusion/scale.py", "pipelines/pipeline.py"]
+    return _in_one(files, _HEADER.format(version=version))
+
+
+def component_source(module: str, version: str) -> str:
+    """The text of a component's module (``guided_unet``, ``stochastic``, ``encode``) as it lies beside its weights."""
+    header = f"# Written by diffstill {version} (Apache-2.0).\n"
+    before = ["diffusion/scale.py"] if module == "guided_unet" else []
+    return _in_one([*before, f"pipelines/{module}.py"], header)
+
+
+def _in_one(files: Sequence[str], header: str) -> str:
+    """Several of our files as one: their imports, sorted, then their bodies."""
     imports: dict[str, set[str]] = {}
     bodies = []
-    for file in (room.parent / "diffusion" / "guidance.py", room / "pipeline.py"):
-        text = file.read_text(encoding="utf-8")
+    for name in files:
+        text = (ROOT / name).read_text(encoding="utf-8")
         head = [node for node in ast.parse(text).body if isinstance(node, (ast.Import, ast.ImportFrom))]
         for node in head:
             _collect(node, imports)
         bodies.append("\n".join(text.splitlines()[head[-1].end_lineno :]).strip("\n"))
-    return "\n\n\n".join([_HEADER.format(version=version) + "\n" + _written(imports), *bodies]) + "\n"
-
-
-def component_source(module: str, version: str) -> str:
-    """The text of a component's module (``guided_unet``, ``stochastic``) as it lies beside its weights or config.
-
-    Such a module imports nothing of ours, so that its text is whole.
-    """
-    text = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
-    return f"# Written by diffstill {version} (Apache-2.0).\n{text}"
+    return "\n\n\n".join([header + "\n" + _written(imports), *bodies]) + "\n"
 
 
 def _collect(node: ast.Import | ast.ImportFrom, imports: dict[str, set[str]]) -> None:

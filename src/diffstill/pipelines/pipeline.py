@@ -10,15 +10,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, UNet2DModel
+from diffusers import DiffusionPipeline, DiTTransformer2DModel, ImagePipelineOutput, UNet2DConditionModel, UNet2DModel
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
 from ..diffusion.guidance import GuidanceSchedule, guide, parse_guidance
+from ..diffusion.scale import scale_features
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
-    """Samples a class-conditional ``UNet2DModel`` (``unet``) or ``DiTTransformer2DModel`` (``transformer``) on pixels.
+    """Samples a class-conditional ``UNet2DModel`` or ``UNet2DConditionModel`` (``unet``) or ``DiTTransformer2DModel``
+    (``transformer``) on pixels.
 
     Args:
         scheduler: any stock diffusers scheduler for discrete-time noise prediction.
@@ -38,11 +40,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
     # name means, also to a pipeline loaded earlier, what the folder loaded last says.
     _guide = staticmethod(guide)
     _parse = staticmethod(parse_guidance)
+    _features = staticmethod(scale_features)
 
     def __init__(
         self,
         scheduler: Any,
-        unet: UNet2DModel | None = None,
+        unet: UNet2DModel | UNet2DConditionModel | None = None,
         transformer: DiTTransformer2DModel | None = None,
         num_classes: int | None = None,
         guided: bool = True,
@@ -209,9 +212,24 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if self.config.time_index is not None:
             t = torch.tensor(self.config.time_index[str(round(float(t)))])
         stamps = t.to(x.device).expand(len(x))
+        if isinstance(self.unet, UNet2DConditionModel):
+            return self._forward_condition(x, stamps, labels, **scale)
         if self.unet is not None:
             return self.unet(x, stamps, class_labels=labels, **scale, return_dict=False)[0]
         return self.transformer(x, timestep=stamps, class_labels=labels, return_dict=False)[0]
+
+    def _forward_condition(
+        self, x: torch.Tensor, stamps: torch.Tensor, labels: torch.Tensor, guidance_scale: float = 1.0
+    ) -> torch.Tensor:
+        """A network with an input for the scale of its own, told nothing by cross-attention: one token of zeros."""
+        config = self.unet.config
+        width = config.cross_attention_dim
+        token = x.new_zeros(len(x), 1, width if isinstance(width, int) else width[0])
+        shown = None
+        if config.time_cond_proj_dim is not None:
+            scales = torch.full((len(x),), guidance_scale, device=x.device)
+            shown = self._features(scales, config.time_cond_proj_dim).to(x.dtype)
+        return self.unet(x, stamps, token, class_labels=labels, timestep_cond=shown, return_dict=False)[0]
 
     def _finished(self, x: torch.Tensor, output_type: str) -> Any:
         if output_type == "latent":

@@ -49,7 +49,7 @@ class NetworkSpec(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     family: str = Field(
-        "unet2d", description="unet2d, guided_unet2d (takes the scale), dit, or teacher: built as the teacher is"
+        "unet2d", description="unet2d, guided_unet2d, unet2d_condition, dit, or teacher: built as the teacher is"
     )
     init: Literal["fresh", "inherit", "magnitude"] | None = Field(
         None, description="how a student starts; null: as its method says (fresh, for most)"

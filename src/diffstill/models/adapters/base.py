@@ -13,6 +13,10 @@ def _plain_call(network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor, *sca
     return network(x_t, t, labels, *scale)
 
 
+def _never(network: nn.Module) -> bool:
+    return False
+
+
 def _no_stages(network: nn.Module) -> dict[str, nn.Module]:
     return {}
 
@@ -29,8 +33,8 @@ class Family:
     network_class: type[nn.Module]
     call: Callable[..., Tensor] = _plain_call
     """``call(network, x_t, t, labels)``, and ``scale`` (B,) last where the network takes it."""
-    takes_scale: bool = False
-    """Whether the guidance scale is an input of the network."""
+    takes_scale: Callable[[nn.Module], bool] = _never
+    """Whether the guidance scale is an input of a network."""
     build: Callable[..., nn.Module] = _no_build
     """``build(sample_shape=, num_classes=, **recipe_options)``; ValueError names the option that does not fit."""
     stages: Callable[[nn.Module], dict[str, nn.Module]] = _no_stages
