@@ -20,7 +20,7 @@ from diffstill.report.arena import ArenaArm, ArenaResult, Budget, best_fd, fidel
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/dash.md", "docs/decisions.md")
+PAGES = ("README.md", "docs/dash.md", "docs/decisions.md", "docs/guided.md", "docs/chain.md", "docs/sfddm.md")
 MARKED = re.compile(r"<!-- begin: measured ([\w -]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -131,7 +131,102 @@ STUDENT: dict[str, tuple[str, float]] = {
     "gap ratio": ("student ratio", 1),
     "gap cosine": ("student cosine", 1),
 }
+
+
+def chain_models(file: str) -> dict[str, Any]:
+    """The models of a chain over several seeds, as ``chains.py`` writes them."""
+    found: dict[str, Any] = json.loads((RESULTS / file).read_text(encoding="utf-8"))["models"]
+    return found
+
+
+def cell(model: dict[str, Any], figure: str, factor: float = 1) -> str:
+    """Mean over the seeds with half a 95% t-interval; a dash where it was not measured."""
+    found = model["figures"].get(figure)
+    return words.plus_minus(_scaled({**found["mean"], "level": 0.95}, factor)) if found else words.MISSING
+
+
+def guided_grid() -> str:
+    """FD by sampler, steps and scale, with the class agreement at s = 2."""
+    models, scales = chain_models(CASCADE), ("1", "1.3", "2", "3", "5")
+    rows = [["teacher", "teacher"], ["one network for every scale (`full-dial`)", "full-dial"]]
+    rows += [[f"student, deterministic, {n} steps", f"full-{n}"] for n in (16, 8, 4, 2, 1)]
+    rows += [[f"student, stochastic, {n} steps", f"stochastic-{n}"] for n in (16, 8, 4, 2)]
+    rows += [[f"teacher as it is, {n} steps", f"teacher@{n}"] for n in (16, 8, 4, 2, 1)]
+    return table(
+        ["", "NFE", *(f"s = {s}" for s in scales), "agreement, s = 2"],
+        [
+            [label, str(models[name]["nfe"]), *(cell(models[name], f"s={s} fd") for s in scales),
+             cell(models[name], "s=2 class_agreement")]
+            for label, name in rows
+        ],
+    )  # fmt: skip
+
+
+def cascade(rows: dict[str, str]) -> Callable[[], str]:
+    """Stage by stage: what it costs beside the teacher, and what is left."""
+
+    def made() -> str:
+        models = chain_models(CASCADE)
+        dear = models["teacher"]["flops_image"]
+
+        def row(label: str, m: dict[str, Any]) -> list[str]:
+            fewer = f"{words.number(dear / m['flops_image'])}x"
+            told = [label, words.count(m["parameters"]), str(m["nfe"]), fewer]
+            return [*told, *(cell(m, f) for f in ("best fd", "best fd / first", "ratio", "cosine", "s=2 response"))]
+
+        header = [
+            "",
+            "parameters",
+            "NFE",
+            "fewer FLOPs",
+            "best FD-digits",
+            "of the teacher's",
+            "gap ratio",
+            "gap cosine",
+        ]
+        return table([*header, "response, s = 1 to 2"], [row(label, models[name]) for name, label in rows.items()])
+
+    return made
+
+
+def sfddm() -> str:
+    """Best distance by number of steps, a column a way to fewer."""
+    models = chain_models("sfddm-digits.json")
+    ways = {
+        "strided, leading": "teacher@{}-leading",
+        "SFDDM, leading": "leading-{}",
+        "strided, trailing": "teacher@{}",
+        "SFDDM, trailing": "trailing-{}",
+        "trajectory (ours)": "trajectory-{}",
+        "progressive": "progressive-{}",
+    }
+    return table(
+        ["steps", *ways],
+        [[str(n), *(cell(models[way.format(n)], "best fd") for way in ways.values())] for n in (100, 50, 16, 8, 4, 2)],
+    )
+
+
+CASCADE = "cascade-digits-grid.json"
 TABLES: dict[str, Callable[[], str]] = {
+    "guided grid": guided_grid,
+    "cascade": cascade(
+        {
+            "teacher": "teacher, 50 guided steps",
+            "small": "DASH student",
+            "dial": "one pass at any scale",
+            **{f"steps-{n}": f"{n} step{'s' * (n > 1)}" for n in (8, 4, 2, 1)},
+            "teacher@4": "the teacher as it is, 4 guided steps",
+        }
+    ),
+    "orders": cascade(
+        {
+            "steps-4": "small (DASH), then the scale, then 4 steps",
+            "small-last": "the scale, 4 steps, then small",
+            "small-sfddm": "small (DASH), then SFDDM with trajectories, two passes a step",
+            "full-4": "4 steps at full size",
+        }
+    ),
+    "sfddm": sfddm,
     "arena": arena_summary,
     "arena at equal steps": arena_at("equal_steps"),
     "arena at equal seconds": arena_at("equal_seconds"),

@@ -19,8 +19,10 @@ METRICS = [
     ("kid", "kernel distance, polynomial kernel of degree 3, unbiased"),
     ("precision, recall", "improved precision and recall, k = 3"),
     ("class_agreement", "share of samples that the data set's classifier gives the label asked for"),
+    ("response", "how far samples of equal noise move in features as the guidance scale turns"),
     ("ratio, cosine, gap_mse", "guidance fidelity: the student's gap against the teacher's at the same (x_t, t, y)"),
     ("cond_mse, null_mse, best_rescale", "each branch against the teacher's; the best scalar correction of the gap"),
+    ("encoding", "of an encoder: the error of images that were encoded and decoded again, and its noise"),
     ("parameters, flops, nfe, latency, memory", "cost"),
 ]
 
