@@ -111,7 +111,7 @@ def test_eval_uses_the_models_own_protocol_and_takes_overrides(
     assert printed["models"]["student"]["fidelity"]["overall"]["pairs"] == 60
     assert (tmp_path / "e" / "report.html").exists()
     assert main(["eval", str(tiny_run / "model"), "sampels=30", "--quiet", "--out", str(tmp_path / "f")]) == 2
-    assert "did you mean samples?" in capsys.readouterr().err
+    assert "rename it to samples" in capsys.readouterr().err
     assert main(["eval", str(tiny_run / "model"), "samples=30", "--quiet", "--out", str(tiny_run)]) == 2
     assert "whose receipt would be lost" in capsys.readouterr().err
 
@@ -181,7 +181,7 @@ def test_doctor_is_content(capsys: pytest.CaptureFixture[str]) -> None:
 BAD = [
     (["distill", "digits-dahs"], "did you mean digits-dash"),
     (["distill", "digits-teacher"], "diffstill train digits-teacher"),
-    (["train", "digits-teacher", "training.lrr=1"], "did you mean lr?"),
+    (["train", "digits-teacher", "training.lrr=1"], "rename it to lr, or remove it"),
     (["train", "digits-teacher", "training.images=65"], "no multiple of batch_size"),
     (["train", "digits-teacher", "training.lr=fast"], "training.lr"),
     (["train", "digits-teacher", "method.label_drop=0.2"], "did you mean label_dropout"),

@@ -347,6 +347,10 @@ def test_a_spoiled_folder_is_refused_in_one_line(folder: Path, case: str) -> Non
 def test_paths_that_are_no_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="does not exist; give a model folder, or a hub id such as owner/name"):
         load_model(tmp_path / "nowhere")
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):  # of two parts, and no hub id: runs/ is a folder here
+        load_model("runs/nothing")
     for name, message in (("model.ckpt", "is a pickle, which may run code"), ("a.safetensors", "is a file; give")):
         (tmp_path / name).write_bytes(b"")
         with pytest.raises(InputError, match=message):

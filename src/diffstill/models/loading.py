@@ -107,7 +107,8 @@ def _resolve(source: str) -> Path:
         raise _bad(path, "is a file", "give the folder that holds model_index.json")
     if path.is_dir():
         return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith("."):
+    # A path of two parts looks like a hub id; where its first part is a folder here, a path was meant.
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.startswith(".") or path.parent.is_dir():
         raise _bad(path, "does not exist", "give a model folder, or a hub id such as owner/name")
     from huggingface_hub import snapshot_download
 

@@ -36,7 +36,9 @@ def one_line(error: ValidationError, model: Models | None = None, within: tuple[
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         known = _siblings(model, [str(part) for part in first["loc"]])
-        mend = f"remove it{nearest(place[-1], known)}" + (f"; known here: {', '.join(known)}" if known else "")
+        near = difflib.get_close_matches(place[-1], known, 1)
+        mend = f"rename it to {near[0]}, or remove it" if near else "remove it"
+        mend += f"; known here: {', '.join(known)}" if known else ""
         return InputError(field, first["input"], mend + more, problem="is no known key")
     if first["type"] == "missing":
         return InputError(field, None, f"add it to the recipe{more}", problem="is missing")
