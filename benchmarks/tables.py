@@ -194,11 +194,10 @@ def sfddm() -> str:
     models = chain_models("sfddm-digits.json")
     ways = {
         "strided, leading": "teacher@{}-leading",
-        "SFDDM, leading": "leading-{}",
+        "SFDDM, leading": "sfddm-{}",
         "strided, trailing": "teacher@{}",
-        "SFDDM, trailing": "trailing-{}",
-        "trajectory (ours)": "trajectory-{}",
-        "progressive": "progressive-{}",
+        "trajectory (ours), trailing": "trajectory-{}",
+        "progressive, trailing": "progressive-{}",
     }
     return table(
         ["steps", *ways],
