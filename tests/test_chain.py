@@ -112,6 +112,8 @@ def test_cost_falls_from_stage_to_stage(done: Path) -> None:
     assert line == sorted(line, reverse=True)
     assert receipt.models["teacher@2"].cost.nfe == 4  # type: ignore[union-attr]
     assert receipt.teacher is receipt.models["teacher"]
+    assert receipt.subject is not None
+    assert receipt.subject[0] == "jumps-2", "the last stage, not a baseline after it"
     assert all(receipt.models[name].fidelity for name in NAMES[1:])
     assert receipt.models["teacher@2"].fidelity is None
 
@@ -207,6 +209,30 @@ def test_weights_that_were_changed_by_hand_are_not_built_upon(
             {"a": {"recipe": "digits-teacher"}, "b": {"recipe": "digits-progressive", "rounds": [4]}},
             "stages.b-4: method.weighting",
         ),
+        (
+            {"a": {"recipe": "digits-teacher-v", "overrides": {"seed": 3}}},
+            "stages.a: overrides.seed: the chain itself says that, for all its stages",
+        ),
+        (
+            {"a": {"recipe": "digits-teacher-v", "last_rounds_factor": 3}},
+            "stages.a: last_rounds_factor is for rounds",
+        ),
+        (
+            {
+                "a": {"recipe": "digits-teacher-v"},
+                "b": {"recipe": "digits-guided"},
+                "c": {"recipe": "digits-dash-v", "overrides": {"student.init": "fresh"}},
+            },
+            "stages.c: method.name: 'dash' does not teach a student every scale",
+        ),
+        (
+            {
+                "a": {"recipe": "digits-teacher-v"},
+                "b": {"recipe": "digits-progressive", "rounds": [4], "overrides": {"method.null_weight": 0}},
+                "c": {"recipe": "digits-progressive", "rounds": [2]},
+            },
+            "stages.c-2: teacher: 'b-4' has no live null branch to learn from",
+        ),
         ({"a b": {"recipe": "digits-teacher-v"}}, "stages.a b: use another name"),
         ({"a": {"model": "nowhere/at/all"}}, "stages.a: teacher.model"),
     ],
@@ -252,6 +278,25 @@ def test_dry_run_forecasts_every_stage(tmp_path: Path, capsys: pytest.CaptureFix
     assert list(told["predicted"]) == NAMES
     # Stage 1 asks the teacher twice an image; a round of a two-step way asks it twice too, each at one pass.
     assert told["predicted"]["dial"]["teacher_parameters"] == told["predicted"]["small"]["parameters"]
+
+
+def test_a_stages_recipe_may_lie_beside_the_chain(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("extends: digits-teacher-v\nname: mine\ntraining: {images: 640}\n")
+    recipe = load_recipe(written(tmp_path, {**CHAIN, "stages": {"a": {"recipe": "mine.yaml"}}, "baselines": []}))
+    assert isinstance(recipe, ChainRecipe)
+    (stage,) = stages_of(recipe)
+    assert stage.recipe is not None
+    assert stage.recipe.training.images == 640
+
+
+def test_a_cut_off_evaluation_is_measured_again(done: Path) -> None:
+    run = done / "run"
+    assert main(["chain", written(done), "--out", str(run), "--quiet"]) == 0
+    file = max((run / "stages").glob("steps-1-*.json"), key=lambda path: path.stat().st_mtime)
+    whole = file.read_text()
+    file.write_text(whole[: len(whole) // 2])
+    assert main(["chain", written(done), "--out", str(run), "--quiet"]) == 0
+    assert json.loads(file.read_text())["name"] == "steps-1"
 
 
 def test_a_recipe_of_a_stage_must_be_known() -> None:

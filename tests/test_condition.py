@@ -47,8 +47,9 @@ def test_the_features_are_those_of_latent_consistency_models() -> None:
     wanted = [[0.0] * 3 + [1.0] * 3, [math.sin(w * r) for r in rates] + [math.cos(w * r) for r in rates]]
     torch.testing.assert_close(found, torch.tensor(wanted), rtol=0, atol=2e-4)
     octaves = scale_features(torch.tensor([3.0]), 6, "fourier")
-    angles = [math.pi / 8 * w * k for k in (1, 2, 4)]
-    torch.testing.assert_close(octaves, torch.tensor([[f(a) for f in (math.sin, math.cos) for a in angles]]))
+    angles = [math.pi / 8 * w * 2**k for k in (0, 3.5, 7)]
+    wanted = [[f(a) for f in (math.sin, math.cos) for a in angles]]
+    torch.testing.assert_close(octaves, torch.tensor(wanted), rtol=0, atol=1e-4)
 
 
 def test_stage_one_of_such_a_teacher_starts_as_the_conditional_teacher_at_every_scale() -> None:

@@ -225,7 +225,10 @@ def test_what_cannot_be_saved_is_refused(tmp_path: Path, options: dict[str, Any]
 
 def test_a_network_without_a_diffusers_form_is_refused(tmp_path: Path) -> None:
     model = Denoiser(torch.nn.Linear(1, 1), NoiseSchedule.create(), 3, (1, 8, 8))
-    with pytest.raises(InputError, match=r"^network: 'Linear' is not usable; only unet2d, guided_unet2d, unet2d_condition, dit networks"):
+    with pytest.raises(
+        InputError,
+        match=r"^network: 'Linear' is not usable; only unet2d, guided_unet2d, unet2d_condition, dit networks",
+    ):
         save(model, tmp_path / "model")
 
 

@@ -28,7 +28,7 @@ from diffstill.models.folder import load_model, save_model
 from diffstill.models.lineage import Lineage
 from diffstill.models.students import inherit
 from diffstill.pipelines.guided_unet import GuidedUNet2DModel
-from diffstill.recipe import MethodSpec, NetworkSpec
+from diffstill.recipe import MethodSpec, NetworkSpec, load_recipe
 
 NAMES = ["a", "b", "c"]
 
@@ -85,11 +85,12 @@ def test_students_that_read_the_scale_otherwise_inherit_nothing() -> None:
 
 
 def test_a_student_of_a_teacher_that_takes_the_scale_knows_its_range() -> None:
-    """Also where the method trains the branches that its answers imply, and no scale of its own."""
     teacher = student().freeze()
-    for method in ("progressive", "dash"):
-        made = build_student(NetworkSpec(family="teacher"), MethodSpec(name=method), teacher, seed=0)
-        assert made.scale_range == (1.0, 4.5)
+    made = build_student(NetworkSpec(family="teacher"), MethodSpec(name="progressive"), teacher, seed=0)
+    assert made.scale_range == (1.0, 4.5)
+    for method in ("dash", "sfddm", "composite"):  # they train its answers at two scales, at most
+        with pytest.raises(InputError, match=f"method.name: '{method}' does not teach a student every scale"):
+            build_student(NetworkSpec(family="teacher"), MethodSpec(name=method), teacher, seed=0)
 
 
 # --------------------------------------------------------------------------------------------- saved and loaded
@@ -237,3 +238,8 @@ def test_a_scale_costs_one_evaluation_a_step() -> None:
     assert count_nfe(Constant(3.0), 1000, 50, one_pass=model.takes_scale) == 50
     assert count_nfe(Constant(3.0), 1000, 50) == 100
     assert family_of(model.network).takes_scale
+
+
+def test_a_network_that_takes_the_scale_cannot_be_trained_from_data_alone() -> None:
+    with pytest.raises(InputError, match="the guidance scale as an input needs a teacher"):
+        load_recipe("digits-teacher-v", ["network.family=guided_unet2d", "network.block_out_channels=[16, 24]"])

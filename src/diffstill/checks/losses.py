@@ -69,7 +69,8 @@ def null_branch(bench: Bench) -> str:
 def _scale_input(bench: Bench, method: Method) -> str:
     """A student whose guidance scale is an input learns what the scale does."""
     bench.loss(method, bench.batch()).total.backward()
-    scale = [p for name, p in unwrap(method.student.network).named_parameters() if "scale" in name]
+    named = unwrap(method.student.network).named_parameters()
+    scale = [p for name, p in named if "scale" in name or "cond_proj" in name]
     if not any(p.grad is not None and bool(p.grad.any()) for p in scale):
         raise Broken("no gradient reaches the parameters of the scale input, so guidance is not trained")
     return "the scale is an input, and trained"

@@ -156,6 +156,7 @@ class Evaluator:
             sha256=weights_sha256(denoiser.network),
             guided=guided,
             steps=steps,
+            sampler=denoiser.sampler,
             cost=measured,
             sweep=sweep,
             fidelity=fidelity,
@@ -174,6 +175,7 @@ class Evaluator:
             sha256=weights_sha256(denoiser.network),
             guided=denoiser.takes_scale,
             steps=denoiser.schedule.T,
+            sampler=denoiser.sampler,
             cost=self._cost(denoiser, denoiser.takes_scale, denoiser.schedule.T) if cost else None,
             encoding=measure_encoding(denoiser, decoder, held) if known and decoder is not None else None,
         )

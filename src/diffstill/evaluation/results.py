@@ -145,6 +145,7 @@ class ModelEvaluation(Result):
     steps: int | None = Field(
         None, description="sampling steps; the protocol's, but for a teacher of few-step students"
     )
+    sampler: str = Field("ddim", description="what its steps are made for: ddim, stochastic or encode")
     place: int | None = Field(None, description="in a chain of stages: which it is, from 0")
     cost: Cost | None = None
     sweep: list[ScalePoint] = []

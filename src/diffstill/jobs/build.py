@@ -40,6 +40,8 @@ class Teacher:
     lineage: Lineage | None
     folder: Path | None
     name: str = "teacher"
+    guided: bool = True
+    """False for one without a live null branch."""
 
 
 def build_network(
@@ -79,6 +81,10 @@ def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed
     made = METHODS[method.name]
     shape, classes = teacher.sample_shape, teacher.num_classes
     init = spec.init or made.init
+    if teacher.takes_scale and not (made.scale_input or made.keeps_scale):
+        mend = "use guided, progressive or encoder"
+        problem = "does not teach a student every scale, and this teacher takes the guidance scale as an input"
+        raise InputError("method.name", method.name, mend, problem=problem)
     if spec.family == AS_TEACHER:
         network = _as_teacher(spec, teacher, made.scale_input, init, seed)
     else:
@@ -88,7 +94,7 @@ def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed
     student = Denoiser(network, teacher.schedule, classes, shape, teacher.prediction_type)
     if family_of(network).takes_scale(network):
         if not (made.scale_input or teacher.takes_scale):
-            mend = f"use unet2d: {method.name} trains two branches, or a method that trains scales (guided)"
+            mend = f"use a family without that input: {method.name} trains two branches"
             raise InputError("student.family", spec.family, mend, problem="takes the guidance scale")
         student.scale_range = teacher.scale_range or (1.0, 2.0)  # the method that trains the scales says which
     if teacher.origin is None:  # of the teacher's own steps: known by the same times, made for the same sampler
@@ -150,7 +156,7 @@ def open_teacher(model: str, name: str = "teacher") -> Teacher:
 def as_teacher(loaded: LoadedModel, name: str = "teacher") -> Teacher:
     denoiser = loaded.denoiser.freeze()
     curriculum = restore_curriculum(loaded.curriculum, loaded.curriculum_meta, denoiser.schedule)
-    return Teacher(denoiser, curriculum, loaded.lineage, loaded.folder, name)
+    return Teacher(denoiser, curriculum, loaded.lineage, loaded.folder, name, loaded.guided)
 
 
 def respaced(teacher: Teacher, spec: RespaceSpec | None) -> Teacher:
@@ -163,8 +169,8 @@ def respaced(teacher: Teacher, spec: RespaceSpec | None) -> Teacher:
         return teacher
     denoiser = teacher.denoiser
     try:
-        if spec.teacher_steps is not None:
-            denoiser = denoiser.respaced(spaced_indices(denoiser.schedule.T, spec.teacher_steps, spec.spacing))
+        if spec.teacher_steps not in (None, denoiser.schedule.T):
+            denoiser = denoiser.respaced(spaced_indices(denoiser.schedule.T, spec.teacher_steps or 0, spec.spacing))
         denoiser = denoiser.respaced(spec.indices(denoiser.schedule.T))
     except ValueError as error:
         raise InputError("respace", spec.model_dump(exclude_none=True), str(error), problem="does not fit") from None
@@ -232,6 +238,21 @@ def check_run(recipe: TrainRecipe | DistillRecipe, T: int, runtime: Runtime) -> 
     if recipe.training.batch_size % runtime.world:
         mend = f"use a multiple of the {runtime.world} processes"
         raise InputError("training.batch_size", recipe.training.batch_size, mend)
+
+
+def check_steps(recipe: DistillRecipe, teacher: Denoiser, student: Denoiser) -> None:
+    """The protocol's numbers of steps must be ones that student and teacher have.
+
+    Raises:
+        InputError: another number than all for a stochastic student, more for the teacher than it has.
+    """
+    asked, T = recipe.evaluation.steps, student.schedule.T
+    if student.sampler == "stochastic" and asked != T:
+        raise InputError("evaluation.steps", asked, f"use {T}: a model for the stochastic sampler takes all its steps")
+    whole, _ = teacher.whole
+    steps = recipe.evaluation.teacher_steps
+    if steps is not None and steps > whole.schedule.T:
+        raise InputError("evaluation.teacher_steps", steps, f"use null, or 1..{whole.schedule.T}, the teacher's own")
 
 
 def probe_data(data: DataSplits) -> ImageData:

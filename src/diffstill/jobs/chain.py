@@ -6,16 +6,20 @@ import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import Tensor
 
+from .. import __version__
 from ..data.sources import DataSplits, load_data
 from ..diffusion.schedule import Spacing, spaced_indices
 from ..disk import write_text
 from ..engine.runtime import Runtime
 from ..errors import InputError, RunFailed
+from ..evaluation.cost import device_name
 from ..evaluation.protocol import Evaluator
 from ..evaluation.results import ModelEvaluation
 from ..models.denoiser import Denoiser
@@ -32,6 +36,9 @@ from .stages import Stage, check_stages, digest, stages_of
 from .train import Finished, train_teacher
 from .ui import Ui
 
+TOLD = ("recipe", "data", "protocol", "models", "lineage", "training", "warnings")
+"""Parts of a receipt that are the same where nothing has changed."""
+
 
 @dataclass(frozen=True)
 class Artefact:
@@ -46,6 +53,7 @@ class Artefact:
     steps: Tensor
     """(T,) int64: which of the first model's timesteps its own are."""
     summary: TrainingSummary | None
+    warnings: tuple[str, ...] = ()
 
 
 class ChainFolder:
@@ -93,6 +101,11 @@ class ChainFolder:
         except OSError as error:
             raise RunFailed(f"cannot write to {self.path}: {error}") from error
 
+    @property
+    def default_guidance(self) -> str | None:
+        """What the recipe wants the pipelines' own scale to be; None: each one's best."""
+        return self._recipe.evaluation.default_guidance
+
     def stage(self, name: str, sha256: str) -> Path:
         return self.path / "stages" / f"{name}-{sha256[:8]}"
 
@@ -106,7 +119,7 @@ def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
     """
     data = load_data(recipe.data)
     stages = stages_of(recipe)
-    check_stages(stages, data, runtime)
+    check_stages(stages, data, runtime, recipe.evaluation.guidance)
     folder = ChainFolder(out, recipe, fresh=fresh, write=runtime.is_main)
     evaluator = evaluator_for(recipe.evaluation, data, runtime)
     folder.claim()
@@ -133,14 +146,23 @@ def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
         models=models,
         lineage=ancestry([a.loaded.folder for a in done.values()]) if runtime.is_main else [],
         training=[a.summary for a in done.values() if a.summary is not None],
+        warnings=[line for a in done.values() for line in a.warnings],
     )
-    file = out / "receipt.json"
-    already = not redone and file.exists() and Receipt.load(file).recipe == receipt.recipe
-    if runtime.is_main and not already:
+    held = _held_receipt(out / "receipt.json") if runtime.is_main and not redone else None
+    same = held is not None and all(getattr(held, part) == getattr(receipt, part) for part in TOLD)
+    if runtime.is_main and not same:
         write_report(receipt, out, out / "report.html")
-        receipt.save(file)
+        receipt.save(out / "receipt.json")
     runtime.barrier()
-    return Finished(out, Receipt.load(file) if already else receipt, already=already)
+    return Finished(out, held if same else receipt, already=same)
+
+
+def _held_receipt(file: Path) -> Receipt | None:
+    """The receipt of an earlier call, where there is one that can be read."""
+    try:
+        return Receipt.load(file) if file.exists() else None
+    except InputError:
+        return None
 
 
 def _artefact(
@@ -154,7 +176,7 @@ def _artefact(
     inputs = stage.inputs(data, before.sha256 if before else None)
     home = folder.stage(stage.name, digest(inputs))
     mark = home / "stage.json"
-    found = mark.exists()
+    found = not runtime.any(not mark.exists())  # of all processes: they go the same way
     if not found:
         _train(stage, before, data, home, runtime, ui)
     told = json.loads(mark.read_text(encoding="utf-8"))
@@ -163,7 +185,8 @@ def _artefact(
         problem = "has other weights than its stage.json says"
         raise InputError("stage", str(home), "delete the folder to train the stage again", problem=problem)
     summary = TrainingSummary.model_validate(told["training"])
-    return _line(stage.name, loaded, stage.recipe.method.name, summary, before), not found
+    made = _line(stage.name, loaded, stage.recipe.method.name, summary, before)
+    return replace(made, warnings=tuple(told["warnings"])), not found
 
 
 def _line(
@@ -183,6 +206,7 @@ def _train(stage: Stage, before: Artefact | None, data: DataSplits, home: Path, 
     """Trains a stage in ``home`` and marks it as done, with the mark last."""
     recipe = stage.recipe
     assert recipe is not None
+    warnings: list[str] = []
     if isinstance(recipe, TrainRecipe):
         _, summary = train_teacher(recipe, data, home, home / "model", runtime, ui)
     else:
@@ -193,6 +217,7 @@ def _train(stage: Stage, before: Artefact | None, data: DataSplits, home: Path, 
             recipe, data, respaced(teacher, recipe.respace), home, home / "model", runtime, ui, name=stage.name
         )
         summary = summarise(trainer, trainer.arms[0], stage.name, "log.jsonl")
+        warnings = trainer.warnings
     if runtime.is_main:
         curve = home.relative_to(home.parent.parent) / "log.jsonl"
         told = {
@@ -200,6 +225,7 @@ def _train(stage: Stage, before: Artefact | None, data: DataSplits, home: Path, 
             "of": stage.of,
             "inputs": stage.inputs(data, before.sha256 if before else None),
             "weights_sha256": weights_sha256(load_model(home / "model").denoiser.network),
+            "warnings": warnings,
             "training": summary.model_copy(update={"curve": str(curve)}).model_dump(mode="json"),
         }
         write_text(home / "stage.json", json.dumps(told, indent=1) + "\n")
@@ -208,12 +234,15 @@ def _train(stage: Stage, before: Artefact | None, data: DataSplits, home: Path, 
 
 def _strided(first: Artefact, steps: int, spacing: Spacing) -> Artefact:
     """The first stage's model as it is, in few of its steps."""
+    if first.root.sampler != "ddim":
+        mend = "leave them out: the first stage's model is made for all its steps"
+        raise InputError("baselines", steps, mend, problem="cannot be measured")
     try:
         few = first.loaded.denoiser.respaced(spaced_indices(first.root.schedule.T, steps, spacing))
     except ValueError as error:
         raise InputError("baselines", steps, str(error)) from None
     name = f"{first.name}@{steps}" + ("" if spacing == "trailing" else f"-{spacing}")
-    return replace(first, name=name, loaded=replace(first.loaded, denoiser=few), summary=None)
+    return replace(first, name=name, loaded=replace(first.loaded, denoiser=few), summary=None, warnings=())
 
 
 def _measured(
@@ -231,27 +260,51 @@ def _measured(
     compared with that of the first model of the line, seen through the same steps.
     """
     model = made.loaded.denoiser
-    steps = min(evaluator.settings.steps, model.schedule.T)
+    T = model.schedule.T
+    steps = min(evaluator.settings.steps, T) if model.sampler == "ddim" else T
     against = None
     if model.network is not made.root.network:
         same = model.schedule.T == made.root.schedule.T
         against = made.root if same else made.root.respaced(made.steps.tolist())
-    protocol = evaluator.protocol.model_dump(mode="json", exclude={"floor"})
-    protocol |= {"latency": list(evaluator.settings.cost_batches), "pairs": evaluator.settings.pairs}
-    root = weights_sha256(made.root.network)
-    key = digest({"protocol": protocol, "model": made.sha256, "root": root, "steps": steps})
+    key = digest(_measurement(made, data, evaluator, runtime) | {"steps": steps})
     file = folder.path / "stages" / f"{made.name}-{key[:8]}.json"
-    found = file.exists()
-    if found:
-        evaluation = ModelEvaluation.model_validate_json(file.read_text(encoding="utf-8"))
-    else:
+    evaluation = _held_evaluation(file)
+    found = not runtime.any(evaluation is None)
+    if evaluation is None or not found:
         subject = Subject(made.name, model, made.method, made.loaded.folder, made.loaded.guided, against, steps)
         evaluation = evaluate_subjects([subject], evaluator, runtime, ui)[made.name]
         if runtime.is_main:
             drawn = replace(subject, role=file.stem)
             evaluation.images.update(draw_pictures(drawn, evaluation, data, folder.path, steps))
             if made.summary is not None:
-                refresh_card(made.loaded.folder, evaluation, folder.path, None)
+                refresh_card(made.loaded.folder, evaluation, folder.path, folder.default_guidance)
             write_text(file, evaluation.model_dump_json(indent=1) + "\n")
         runtime.barrier()
     return evaluation.model_copy(update={"place": place}), not found
+
+
+def _measurement(made: Artefact, data: DataSplits, evaluator: Evaluator, runtime: Runtime) -> dict[str, Any]:
+    """All that an evaluation is a function of."""
+    model = made.loaded.denoiser
+    return {
+        "version": __version__,
+        "measures": ModelEvaluation.model_json_schema(),
+        "protocol": evaluator.protocol.model_dump(mode="json", exclude={"floor"}),
+        "latency": list(evaluator.settings.cost_batches),
+        "pairs": evaluator.settings.pairs,
+        "data": data.fingerprint(),
+        "device": device_name(runtime.device),
+        "model": made.sha256,
+        "levels": model.schedule.fingerprint(),
+        "sampler": model.sampler,
+        "scales": model.scale_range,
+        "guided": made.loaded.guided,
+        "root": weights_sha256(made.root.network),
+    }
+
+
+def _held_evaluation(file: Path) -> ModelEvaluation | None:
+    try:
+        return ModelEvaluation.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValidationError):  # none yet, or one that was cut off: measured again
+        return None

@@ -25,6 +25,7 @@ from .build import (
     check_data,
     check_run,
     check_scales,
+    check_steps,
     open_teacher,
     probe_data,
     respaced,
@@ -85,8 +86,13 @@ def prepare_student(recipe: DistillRecipe, data: DataSplits, teacher: Teacher) -
     student = build_student(recipe.student, recipe.method, teacher.denoiser, recipe.seed)
     setting = Setting(student, teacher.denoiser, teacher.curriculum)
     method = build_method(recipe.method, setting, recipe.seed)
-    if method.guided:
-        check_scales(method.student, recipe.evaluation.guidance, "evaluation.guidance")
+    if method.teacher_needs and method.trains_null and not (teacher.guided or teacher.denoiser.takes_scale):
+        mend = "leave its null branch alone (null_weight: 0), or take another method or teacher"
+        raise InputError("teacher", teacher.name, mend, problem="has no live null branch to learn from")
+    asked = [*recipe.evaluation.guidance, *filter(None, [recipe.evaluation.default_guidance])]
+    for model in (method.student, teacher.denoiser):
+        if method.guided:
+            check_scales(model, asked, "evaluation.guidance")
     return student, method
 
 
@@ -174,10 +180,13 @@ def distill(
     """
     data = load_data(recipe.data)
     blank = blank_teacher(recipe, data)
-    prepare_student(recipe, data, blank)
-    for spec in recipe.beside.values():
-        build_arm(recipe, spec, blank, recipe.seed)
+    _, method = prepare_student(recipe, data, blank)
+    for name, spec in recipe.beside.items():
+        beside = build_arm(recipe, spec, blank, recipe.seed)
+        if beside.guided:
+            check_scales(beside.student, recipe.evaluation.guidance, f"beside.{name}")
     check_run(recipe, blank.denoiser.schedule.T, runtime)
+    check_steps(recipe, blank.denoiser, method.student)
     folder = RunFolder(out, resolved(recipe), inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)
     if folder.finished:
         return Finished(out, Receipt.load(folder.receipt), already=True)

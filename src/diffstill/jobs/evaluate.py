@@ -187,4 +187,5 @@ def protocol_of(source: str, overrides: Sequence[str]) -> EvaluationSpec | None:
         return None
     model = load_model(source)
     own = parse_recipe(model.lineage.recipe).evaluation if model.lineage and model.lineage.recipe else EvaluationSpec()
+    own = own.model_copy(update={"steps": min(own.steps, model.denoiser.schedule.T)})
     return override_section(own, overrides, "evaluation")

@@ -55,12 +55,14 @@ def teacher_subjects(teacher: Teacher, spec: EvaluationSpec) -> list[Subject]:
     """The teacher; where the student has fewer steps, the whole teacher at its own and the one strided over theirs."""
     method = teacher.lineage.method if teacher.lineage else ""
     if teacher.denoiser.origin is None:
-        return [Subject("teacher", teacher.denoiser, method, teacher.folder)]
+        return [Subject("teacher", teacher.denoiser, method, teacher.folder, teacher.guided)]
     whole, _ = teacher.denoiser.whole
+    if whole.sampler != "ddim":  # made for all its steps, and for no others
+        return [Subject("teacher", whole, method, teacher.folder, teacher.guided, steps=whole.schedule.T)]
     steps = spec.teacher_steps or min(TEACHER_STEPS, whole.schedule.T)
     return [
-        Subject("teacher", whole, method, teacher.folder, steps=steps),
-        Subject("strided-teacher", teacher.denoiser, method, None),
+        Subject("teacher", whole, method, teacher.folder, teacher.guided, steps=steps),
+        Subject("strided-teacher", teacher.denoiser, method, None, teacher.guided),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from ..engine.runtime import Runtime
 from ..errors import InputError
 from ..methods import METHODS, Method, Setting
 from ..recipe import ChainRecipe, DistillRecipe, StageSpec, TrainRecipe, load_recipe, parse_recipe, resolved
-from .build import Teacher, build_denoiser, build_method, check_data, check_run, open_teacher, respaced
+from .build import Teacher, build_denoiser, build_method, check_data, check_run, check_scales, open_teacher, respaced
 from .distill import prepare_student
 
 UNHASHED = ("name", "description", "device", "evaluation", "teacher", "arena")
@@ -74,7 +74,9 @@ def _rounds(name: str, spec: StageSpec) -> Iterator[tuple[str, dict[str, Any]]]:
     if not METHODS[base.method.name].fewer_steps:
         mend = f"remove them: {base.method.name} makes no fewer steps"
         raise InputError(f"stages.{name}.rounds", list(spec.rounds), mend)
-    images, spacing = base.training.images, METHODS[base.method.name].spacing
+    own = base.respace if isinstance(base, DistillRecipe) else None
+    said = own is not None and "spacing" in own.model_fields_set
+    images, spacing = base.training.images, own.spacing if own and said else METHODS[base.method.name].spacing
     for number, steps in enumerate(spec.rounds):
         respace: dict[str, Any] = {"steps": steps, "spacing": spacing, "teacher_steps": None, "timesteps": None}
         if steps == 1 and spacing == "leading":  # the image itself, and from there to the noise
@@ -82,7 +84,7 @@ def _rounds(name: str, spec: StageSpec) -> Iterator[tuple[str, dict[str, Any]]]:
         if number == 0:
             respace["teacher_steps"] = spec.start or 2 * steps
         longer = spec.last_rounds_factor if steps <= SHORT else 1
-        yield f"{name}-{steps}", {"respace": respace, "training.images": images * longer, "evaluation.steps": steps}
+        yield f"{name}-{steps}", {"respace": respace, "training.images": images * longer}
 
 
 def _stage(recipe: ChainRecipe, name: str, spec: StageSpec, overrides: dict[str, Any], of: str | None) -> Stage:
@@ -114,14 +116,21 @@ class Blank:
     method: Method | None = None
 
 
-def check_stages(stages: list[Stage], data: DataSplits, runtime: Runtime) -> dict[str, Blank]:
-    """Builds every stage's networks, untrained, and refuses what would be refused hours later."""
+def check_stages(
+    stages: list[Stage], data: DataSplits, runtime: Runtime, guidance: Sequence[str] = ()
+) -> dict[str, Blank]:
+    """Builds every stage's networks, untrained, and refuses what would be refused hours later.
+
+    Args:
+        guidance: the protocol's, which finished models must know too.
+    """
     found: dict[str, Blank] = {}
     for stage in stages:
         try:
             if stage.recipe is None:
                 found[stage.name] = Blank(open_teacher(stage.model or "", stage.name))
                 check_data(data, found[stage.name].model.denoiser)
+                check_scales(found[stage.name].model.denoiser, guidance, "evaluation.guidance")
             else:
                 found[stage.name] = _blank(stage.name, stage.recipe, stage.of, data, found, runtime)
         except InputError as error:
@@ -149,4 +158,4 @@ def _blank(
     # The next stage's teacher is read back from its folder, where it is a model of its own steps.
     student = method.student.with_network(copy.deepcopy(method.student.network))
     student.origin = None
-    return Blank(Teacher(student.freeze(), method.curriculum, None, None, name), method)
+    return Blank(Teacher(student.freeze(), method.curriculum, None, None, name, method.guided), method)

@@ -193,6 +193,8 @@ class Method(ABC):
     May be set per instance from the options."""
     scale_input: ClassVar[bool] = False
     """True where the student's network must take the guidance scale as an input, whatever its teacher's does."""
+    keeps_scale: ClassVar[bool] = False
+    """True where a student of a teacher that takes the scale learns every scale that its teacher knows."""
     fewer_steps: ClassVar[bool] = False
     """True for methods that make a student of fewer steps: their recipes say which (``respace``)."""
     spacing: ClassVar[Spacing] = "trailing"

@@ -44,18 +44,21 @@ class Distillation(Method):
         return self.curriculum.table() if self.curriculum else {}
 
 
-def require_teacher(setting: Setting, *, made_for: tuple[SamplerName, ...] = ("ddim", "stochastic")) -> Denoiser:
+def require_teacher(
+    setting: Setting, *, made_for: tuple[SamplerName, ...] = ("ddim", "stochastic"), strides: bool = False
+) -> Denoiser:
     """The teacher, once student and teacher are seen to speak of the same thing.
 
     Args:
         made_for: the samplers that the teacher's steps may be made for.
+        strides: whether the method goes such a teacher's own way where the student has fewer steps.
     """
     student, teacher = setting.student, setting.teacher
     if teacher is None:
         raise InputError("teacher", None, "name a teacher model folder", problem="is missing")
     sampler = teacher.whole[0].sampler
-    if sampler not in made_for:
-        mend = f"use a teacher made for {' or '.join(made_for)}"
+    if sampler not in made_for or (sampler != "ddim" and teacher.origin is not None and not strides):
+        mend = f"use a teacher made for {' or '.join(made_for if strides else ('ddim',))}"
         raise InputError("teacher", f"a model made to be sampled by {sampler}", mend, problem="does not fit the method")
     if not student.schedule.same_as(teacher.schedule):
         raise InputError(

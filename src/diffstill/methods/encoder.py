@@ -38,6 +38,7 @@ class Encoder(Method):
     teacher_needs = frozenset({"model"})
     init = "inherit"
     fewer_steps = True
+    keeps_scale = True
     spacing = "leading"
     trains_null = False
 
@@ -45,18 +46,18 @@ class Encoder(Method):
 
     def __init__(self, setting: Setting, options: Options) -> None:
         super().__init__(setting, options)
-        self.teacher = require_teacher(setting, made_for=("ddim", "encode"))
+        self.teacher = require_teacher(setting, made_for=("ddim", "encode"), strides=True)
         if self.student.takes_scale != self.teacher.takes_scale:
             mend = "use family: teacher"
             raise InputError("student.family", "this one", mend, problem="differs from the teacher in its scale input")
         self.student = self.student.with_network(self.student.network)
         self.student.time_index, self.student.scale_range = self.teacher.time_index, self.teacher.scale_range
         self.student.sampler = "encode"
-        origin, ends, _ = _way_up(self.teacher, None)
-        if bool((ends.diff() < 1).any()):
-            mend = "begin lower: respace.spacing=leading"
-            raise InputError("respace", ends[:-1].tolist(), mend, problem="leaves its last step no way up")
-        self.student.end = origin.end or _levels(origin, torch.tensor([origin.schedule.T - 1]))
+        _, ends, _ = _way_up(self.teacher, None)
+        if bool((ends.diff() < 1).any()) or int(self.teacher.whole[1][0]) != 0:
+            mend = "begin at timestep 0, which stands for the image, and below the noisiest: respace.spacing=leading"
+            raise InputError("respace", ends[:-1].tolist(), mend, problem="are no steps from image to noise")
+        self.student.end = _end(self.teacher)
         self.guided = self.teacher.takes_scale
         self.frozen["weights"] = TimestepWeights(self.schedule, self.student.prediction_type, "snr")
 
@@ -101,20 +102,26 @@ def encoder_target(
 
 
 def _way_up(teacher: Denoiser, steps: int | None) -> tuple[Denoiser, Tensor, int]:
-    """The model that goes the way, the timesteps where steps begin and the end of the last, and the evaluations."""
+    """The model that goes the way, the timesteps where steps begin and the end of the last, and the evaluations.
+
+    T stands for the end of an encoder's last step, or of the whole teacher's where the model is a view of it.
+    """
     origin, chosen = teacher.origin or (teacher, torch.arange(teacher.schedule.T))
-    top = origin.schedule.T if origin.end is not None else origin.schedule.T - 1
-    ends = torch.cat([chosen.cpu(), torch.tensor([top])])
+    whole = origin.origin is None and origin.end is None
+    ends = torch.cat([chosen.cpu(), torch.tensor([origin.schedule.T - whole])])
     longest = max(1, int(ends.diff().max()))
     return origin, ends, min(steps or longest, longest)
 
 
-def _levels(model: Denoiser, t: Tensor, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Signal and noise scale at ``t``, where T is the end of an encoder's last step."""
-    ndim, dtype = (1, torch.float64) if x is None else (x.ndim, x.dtype)
-    alpha, sigma = model.schedule.at(t.clamp(max=model.schedule.T - 1), ndim, dtype)
-    if model.end is None:
-        return alpha, sigma
+def _end(teacher: Denoiser) -> tuple[Tensor, Tensor]:
+    """Signal and noise scale, (1,) float64, where the way up ends: an encoder's end, or the noisiest level there is."""
+    root, _ = teacher.whole
+    return root.end or root.schedule.at(torch.tensor([root.schedule.T - 1]), 1, torch.float64)
+
+
+def _levels(model: Denoiser, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Signal and noise scale at ``t``, where T is the end of the way."""
+    alpha, sigma = model.schedule.at(t.clamp(max=model.schedule.T - 1), x.ndim, x.dtype)
     beyond = (t == model.schedule.T).view(alpha.shape)
-    top_alpha, top_sigma = (value.to(alpha) for value in model.end)
+    top_alpha, top_sigma = (value.to(alpha) for value in _end(model))
     return torch.where(beyond, top_alpha, alpha), torch.where(beyond, top_sigma, sigma)

@@ -33,7 +33,7 @@ class TimestepWeights(nn.Module):
             raise InputError(
                 "method.weighting",
                 form,
-                "use weighting: snr (the noise's error), or a teacher that predicts v_prediction",
+                f"use weighting: {'constant' if kind == 'sample' else 'snr'}, or a teacher that predicts v_prediction",
                 problem=f"weighs {kind} predictions up to {float(weights.max()):.2g} fold on this schedule",
             )
         self.register_buffer("table", weights.float())

@@ -51,13 +51,14 @@ class Progressive(Method):
     teacher_needs = frozenset({"model"})
     init = "inherit"
     fewer_steps = True
+    keeps_scale = True
 
     teacher: Denoiser
 
     def __init__(self, setting: Setting, options: Options) -> None:
         super().__init__(setting, options)
         o = self.options
-        self.teacher = require_teacher(setting)
+        self.teacher = require_teacher(setting, strides=True)
         if self.student.takes_scale != self.teacher.takes_scale:
             mend = "use family: teacher, or a student whose network takes the guidance scale as its teacher's does"
             raise InputError("student.family", "this one", mend, problem="differs from the teacher in its scale input")

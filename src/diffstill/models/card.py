@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from ..pipelines.encode import EncodeScheduler
 from .lineage import Ancestor, Lineage
 
 
@@ -56,6 +57,9 @@ def _facts(folder: Path) -> dict[str, Any]:
         "example_labels": list(range(min(4, index["num_classes"]))),
         "guided": index["guided"],
         "default_guidance": index["default_guidance"],
+        "scales": index.get("guidance_range"),
+        "sampler": scheduler["_class_name"],
+        "encoder": scheduler["_class_name"] == EncodeScheduler.__name__,
         "prediction_type": scheduler["prediction_type"],
         "schedule": scheduler["beta_schedule"],
         "timesteps": scheduler["num_train_timesteps"],

@@ -139,7 +139,7 @@ def _load_network(folder: Path, index: dict[str, Any]) -> Any:
     found = list(known)
     if len(found) != 1 or set(parts) - {found[0], "scheduler"}:
         held = ", ".join(f"{name} {value}" for name, value in parts.items()) or "no component"
-        mend = "give a class-conditional UNet2DModel (unet) or DiTTransformer2DModel (transformer) that works on pixels"
+        mend = "give a class-conditional UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel on pixels"
         raise _bad(folder, f"holds {held}", mend)
     part = found[0]
     state = _load_weights(folder / part)

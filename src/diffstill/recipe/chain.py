@@ -12,6 +12,9 @@ from ..data.sources import DataSpec
 from ..diffusion.schedule import Spacing
 from .schema import NAME, EvaluationSpec, Section
 
+CHAINS_OWN = ("kind", "name", "seed", "device", "data", "teacher", "beside", "arena", "evaluation")
+"""Parts of a recipe that a stage cannot override."""
+
 
 class StageSpec(Section):
     """One stage, or with ``rounds`` one a number of steps, each the next one's teacher."""
@@ -39,6 +42,11 @@ class StageSpec(Section):
             raise ValueError("give either recipe (trained here) or model (a finished one)")
         if self.model is not None and (self.overrides or self.of or self.rounds):
             raise ValueError("model is a finished one: overrides, of and rounds belong to a recipe")
+        for key in self.overrides:
+            if key.split(".")[0] in CHAINS_OWN:
+                raise ValueError(f"overrides.{key}: the chain itself says that, for all its stages")
+        if not self.rounds and self.last_rounds_factor != 2:
+            raise ValueError("last_rounds_factor is for rounds; set training.images in overrides instead")
         if self.start is not None and not self.rounds:
             raise ValueError("start is for rounds; set respace.teacher_steps in overrides instead")
         if self.start is not None and self.start < self.rounds[0]:
@@ -78,6 +86,13 @@ class ChainRecipe(Section):
     def _distinct(cls, value: tuple[BaselineSpec, ...]) -> tuple[BaselineSpec, ...]:
         if len(set(value)) < len(value):
             raise ValueError("must not hold the same steps twice")
+        return value
+
+    @field_validator("evaluation")
+    @classmethod
+    def _no_teacher_steps(cls, value: EvaluationSpec) -> EvaluationSpec:
+        if value.teacher_steps is not None:
+            raise ValueError("teacher_steps says nothing here; baselines measure the first model in few steps")
         return value
 
     @model_validator(mode="after")

@@ -141,6 +141,11 @@ def _tree(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if isinstance(teacher, dict) and isinstance(teacher.get("recipe"), str) and teacher["recipe"] not in builtin:
         beside = path.parent / teacher["recipe"]
         teacher["recipe"] = str(beside) if beside.exists() else teacher["recipe"]
+    stages = tree.get("stages")
+    for stage in stages.values() if isinstance(stages, dict) else ():
+        if isinstance(stage, dict) and isinstance(stage.get("recipe"), str) and stage["recipe"] not in builtin:
+            beside = path.parent / stage["recipe"]
+            stage["recipe"] = str(beside) if beside.exists() else stage["recipe"]
     parent = tree.pop("extends", None)
     if parent is None:
         return tree

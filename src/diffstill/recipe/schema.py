@@ -240,6 +240,8 @@ class TrainRecipe(Base):
     def _sensible(self) -> TrainRecipe:
         if METHODS[self.method.name].teacher_needs:
             raise ValueError(f"method {self.method.name!r} needs a teacher: use kind: distill")
+        if self.network.family == "guided_unet2d" or self.network.options.get("time_cond_proj_dim") is not None:
+            raise ValueError("network: the guidance scale as an input needs a teacher: use kind: distill (guided)")
         if self.network.family == AS_TEACHER:
             raise ValueError("network.family teacher needs a teacher: use kind: distill, or name the family")
         if self.network.init not in (None, "fresh"):

@@ -13,12 +13,18 @@ from PIL import Image, UnidentifiedImageError
 
 from ..evaluation.results import Estimate, ModelEvaluation
 from . import words
-from .plots import errorbar, spans_decades
-from .svg import INK, SERIES, Panel, plain
+from .plots import errorbar
+from .svg import INK, MUTED, SERIES, Panel, plain
 from .views import Table
 
 SHOWN = 4
 """Images of a stage's picture: the first of its row at its best guidance."""
+AGAIN = "@"
+"""In the name of what is the first model again, in few steps."""
+LOG_BEYOND = 4.0
+"""Values that span more than this factor are drawn on a log axis."""
+ROOM = (34.0, 46.0)
+"""Points of the drawing (1/72 inch) that a picture needs to itself, sideways and upwards."""
 Quality = Callable[[ModelEvaluation], Estimate | None]
 
 
@@ -40,37 +46,48 @@ def frontier_plots(models: Mapping[str, ModelEvaluation], metric: str, run_dir: 
 
 
 def _plot(models: Mapping[str, ModelEvaluation], title: str, quality: Quality, run_dir: Path) -> Markup | None:
-    found = [(name, m, m.cost.flops_image, q) for name, m in models.items() if m.cost and (q := quality(m))]
-    found = [point for point in found if point[3].value is not None]
+    measured = [(name, m, quality(m)) for name, m in models.items()]
+    found = [(name, m, m.cost.flops_image, q.value, q) for name, m, q in measured if m.cost and q and q.value]
     if len(found) < 2:
         return None
-    panel = Panel(title, "FLOPs an image", size=(9.8, 4.6))
-    panel.axes.plot([p[2] for p in found], [p[3].value or 0.0 for p in found], color=SERIES[0], linewidth=1, alpha=0.5)
-    values = [q.value or 0.0 for *_, q in found]
-    for number, (name, model, flops, q) in enumerate(found):
+    panel = Panel(title, "FLOPs an image", size=(9.8, 4.8))
+    values = [value for *_, value, _ in found]
+    for number, (name, _, flops, _, q) in enumerate(found):
         first = number == 0 and quality is not gap_error
-        errorbar(panel, [flops], [q], marker="o", color=INK if first else SERIES[0], markersize=6)
-        _label(panel, name, model, (flops, q.value or 0.0), run_dir)
+        colour = INK if first else MUTED if AGAIN in name else SERIES[0]
+        errorbar(panel, [flops], [q], marker="o", color=colour, markersize=6)
     panel.log_axis("x", written=words.tick)
-    if spans_decades(values):
+    low, high = min(values), max(values)
+    if high > LOG_BEYOND * low:
+        panel.axes.set_ylim(low / 1.6, high * 1.9)
         panel.log_axis("y")
     else:
-        panel.axes.set_ylim(bottom=0, top=1.35 * max(values))
+        panel.axes.set_ylim(bottom=0, top=1.4 * high)
     panel.axes.margins(x=0.12)
+    taken: list[tuple[float, float]] = []
+    for name, model, flops, value, _ in found:
+        place = panel.axes.transData.transform((flops, value))
+        free = all(abs(place[0] - x) > ROOM[0] or abs(place[1] - y) > ROOM[1] for x, y in taken)
+        pixels = _thumbnail(model, run_dir) if free and AGAIN not in name else None
+        if pixels is not None:
+            taken.append((float(place[0]), float(place[1])))
+        _label(panel, name, (flops, value), pixels)
     return panel.svg()
 
 
-def _label(panel: Panel, name: str, model: ModelEvaluation, place: tuple[float, float], run_dir: Path) -> None:
-    """The stage's name and a few of its samples above its point."""
-    pixels = _thumbnail(model, run_dir)
-    panel.axes.annotate(
-        plain(name), place, (0, 44 if pixels is not None else 10), textcoords="offset points", ha="center",
-        fontsize=8.5, color=INK,
+def _label(panel: Panel, name: str, place: tuple[float, float], pixels: Any) -> None:
+    """The stage's name and a few of its samples above its point; the name alone below it where they have no room."""
+    shown = pixels is not None
+    text = panel.axes.annotate(
+        plain(name), place, (0, 44) if shown else (0, -13), textcoords="offset points", ha="center", fontsize=8.5,
+        color=MUTED if AGAIN in name else INK,
     )  # fmt: skip
-    if pixels is not None:
+    if shown:
         image = OffsetImage(pixels, zoom=30 / pixels.shape[0], interpolation="nearest")
         where: Any = {"xybox": (0, 27), "boxcoords": "offset points", "frameon": False, "pad": 0}
-        panel.axes.add_artist(AnnotationBbox(image, place, **where))
+        panel.axes.add_artist(box := AnnotationBbox(image, place, **where))
+        box.set_in_layout(False)
+    text.set_in_layout(False)
 
 
 def _thumbnail(model: ModelEvaluation, run_dir: Path) -> Any:
@@ -95,9 +112,10 @@ def _thumbnail(model: ModelEvaluation, run_dir: Path) -> Any:
 def chain_table(models: Mapping[str, ModelEvaluation], metric: str) -> Table:
     """A row a stage: what it costs, how far its samples are, how much of the guidance is left."""
     first = next(iter(models.values()))
-    header = ["stage", "method", "parameters", "steps", "NFE", "FLOPs an image", "fewer", f"best {metric}", "at s",
-              "against the first", "class agreement", "gap ratio", "gap cosine", "one image", "many"]  # fmt: skip
-    return Table("Stage by stage", header, [_row(name, m, first) for name, m in models.items()], names=2)
+    header = ["stage", "method", "sampler", "parameters", "steps", "NFE", "FLOPs an image", "fewer"]
+    header += [f"best {metric}", "at s", "against the first", "class agreement", "gap ratio", "gap cosine"]
+    header += ["one image", "many"]
+    return Table("Stage by stage", header, [_row(name, m, first) for name, m in models.items()], names=3)
 
 
 def _row(name: str, m: ModelEvaluation, first: ModelEvaluation) -> list[str]:
@@ -109,6 +127,7 @@ def _row(name: str, m: ModelEvaluation, first: ModelEvaluation) -> list[str]:
     return [
         name,
         m.method,
+        m.sampler,
         words.si(cost.parameters) if cost else words.MISSING,
         str(m.steps or ""),
         str(cost.nfe) if cost else words.MISSING,

@@ -86,9 +86,9 @@ def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path
 
 
 def _report_plots(receipt: Receipt, run_dir: Path) -> dict[str, list[Markup | None]]:
-    models, subject = receipt.models, receipt.subject
+    models, subject = _line(receipt), receipt.subject
     teacher = receipt.teacher.cost if receipt.teacher else None
-    student = subject[1].cost if subject and subject[1] is not receipt.teacher else None
+    student = subject[1].cost if subject and subject[0] != receipt.teacher_role else None
     beside = plots.frontier(_costs(models), f"Best {_metric(receipt)} against cost")
     logs = [(t, curves.read_log(_inside(run_dir, t.curve), t.name)) for t in receipt.training]
     return {
@@ -101,6 +101,18 @@ def _report_plots(receipt: Receipt, run_dir: Path) -> dict[str, list[Markup | No
             plots.curriculum({t.name: t.curriculum for t in receipt.training}),
         ],
     }
+
+
+def _line(receipt: Receipt) -> dict[str, ModelEvaluation]:
+    """What is drawn together: all models, or of a chain the line that leads to its last stage."""
+    if receipt.kind != "chain" or receipt.subject is None:
+        return receipt.models
+    parents = {ancestor.name: ancestor.parent for ancestor in receipt.lineage}
+    name: str | None = receipt.subject[0]
+    line = {name}
+    while (name := parents.get(name or "")) is not None and name not in line:
+        line.add(name)
+    return {name: model for name, model in receipt.models.items() if name in line}
 
 
 def _tables(receipt: Receipt) -> list[views.Table]:

@@ -172,15 +172,19 @@ class Receipt(Document):
         return dict(sorted(models.items(), key=place))
 
     @property
+    def teacher_role(self) -> str:
+        """The name of what the subject is measured against: of a chain its first stage, else ``teacher``."""
+        return next(iter(self.models), "teacher") if self.kind == "chain" else "teacher"
+
+    @property
     def teacher(self) -> ModelEvaluation | None:
-        """What the subject is measured against: of a chain its first stage, else the model of that role."""
-        if self.kind == "chain":
-            return next(iter(self.models.values()), None)
-        return self.models.get("teacher")
+        return self.models.get(self.teacher_role)
 
     @property
     def subject(self) -> tuple[str, ModelEvaluation] | None:
         """The (role, model) the run is about: the student, else the last that is not the teacher, else the teacher."""
+        if self.kind == "chain":  # its last stage; what has an @ is the first model again, in few steps
+            return next((item for item in reversed(self.models.items()) if "@" not in item[0]), None)
         if "student" in self.models:
             return "student", self.models["student"]
         return list(self.models.items())[-1] if self.models else None

@@ -90,8 +90,8 @@ def tiles(receipt: Receipt) -> list[Tile]:
     """The key figures of a run, against the teacher where there is one."""
     if receipt.subject is None:
         return []
-    _, model = receipt.subject
-    teacher = receipt.teacher if receipt.teacher is not model else None
+    role, model = receipt.subject
+    teacher = receipt.teacher if role != receipt.teacher_role else None
     made = _cost_tiles(model, teacher)
     metric = receipt.protocol.extractor.name if receipt.protocol else "FD"
     if model.best is not None:

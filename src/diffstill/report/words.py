@@ -173,7 +173,7 @@ def verdict(receipt: Receipt) -> list[str]:
         trained = f"{done.name} saw {count(done.images_seen)} images in {seconds(done.seconds)}. " if done else ""
         return [f"{trained}Nothing has been measured yet."]
     role, model = receipt.subject
-    teacher = receipt.teacher if receipt.teacher is not model else None
+    teacher = receipt.teacher if role != receipt.teacher_role else None
     said = [_cost_sentence(role, model, teacher), _quality_sentence(receipt, role, model, teacher)]
     if model.encoding is not None:
         said.append(_encoding_sentence(model.encoding))

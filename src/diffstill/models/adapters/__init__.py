@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from . import guided_unet2d, unet2d_condition
-from .base import Family
+from .base import Family, unwrap
 from .dit import DIT
 from .guided_unet2d import GUIDED_UNET2D
 from .unet2d import UNET2D
@@ -15,15 +15,6 @@ from .unet2d_condition import UNET2D_CONDITION
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (GUIDED_UNET2D, UNET2D, UNET2D_CONDITION, DIT)}
 """The special before the general: the first whose class a network is an instance of is its family."""
-
-
-def unwrap(network: nn.Module) -> nn.Module:
-    """The module itself beneath ``torch.compile`` and DistributedDataParallel."""
-    while True:
-        inner: Any = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
-        if not isinstance(inner, nn.Module):
-            return network
-        network = inner
 
 
 def family_of(network: nn.Module) -> Family:

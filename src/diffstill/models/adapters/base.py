@@ -9,6 +9,15 @@ from typing import Any
 from torch import Tensor, nn
 
 
+def unwrap(network: nn.Module) -> nn.Module:
+    """The module itself beneath ``torch.compile`` and DistributedDataParallel."""
+    while True:
+        inner: Any = getattr(network, "_orig_mod", None) or getattr(network, "module", None)
+        if not isinstance(inner, nn.Module):
+            return network
+        network = inner
+
+
 def _plain_call(network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor, *scale: Tensor) -> Tensor:
     return network(x_t, t, labels, *scale)
 

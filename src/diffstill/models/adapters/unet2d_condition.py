@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...diffusion.scale import scale_features
 from . import unet2d
-from .base import Family
+from .base import Family, unwrap
 
 
 def build(
@@ -72,10 +72,8 @@ def with_scale_input(plain: Any, guidance_embed_dim: int, guidance_embed_type: s
 
 
 def call(network: Any, x_t: Tensor, t: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
-    inner = network
-    while not hasattr(inner, "config"):  # beneath torch.compile or DistributedDataParallel
-        inner = getattr(inner, "_orig_mod", None) or inner.module
-    dim, width = inner.config.time_cond_proj_dim, inner.config.cross_attention_dim
+    config: Any = unwrap(network).config
+    dim, width = config.time_cond_proj_dim, config.cross_attention_dim
     shown = None
     if dim is not None:
         shown = scale_features(torch.ones(len(x_t), device=x_t.device) if scale is None else scale, dim)
