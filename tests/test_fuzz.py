@@ -37,9 +37,9 @@ def paths(tree: Any, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 
 @st.composite
-def mutated_recipes(draw: st.DrawFn) -> str:
+def mutated_recipes(draw: st.DrawFn, names: tuple[str, ...] = ("digits-teacher", "digits-dash")) -> str:
     """YAML of a built-in digits recipe with keys replaced, removed, renamed or added, or the text itself torn."""
-    name = draw(st.sampled_from(["digits-teacher", "digits-dash"]))
+    name = draw(st.sampled_from(names))
     tree = yaml.safe_load(builtin_recipes()[name])
     for _ in range(draw(st.integers(1, 3))):
         *parents, last = draw(st.sampled_from(paths(tree)))
@@ -106,7 +106,7 @@ def in_a_new_folder(command: list[str], recipe: str | None) -> None:
 
 
 def check_recipe(text: str) -> None:
-    kind = "distill" if "kind: distill" in text else "train"
+    kind = next((kind for kind in ("distill", "chain") if f"kind: {kind}" in text), "train")
     in_a_new_folder([kind, "recipe.yaml", "--dry-run"], text)
 
 
@@ -131,6 +131,13 @@ def test_mutated_recipes(text: str) -> None:
 @given(st.lists(WORDS, max_size=6))
 def test_mutated_command_lines(words: list[str]) -> None:
     check_command(words)
+
+
+@pytest.mark.slow
+@FEW
+@given(mutated_recipes(("digits-guided", "digits-progressive", "digits-encoder", "digits-sfddm", "cascade-digits")))
+def test_40_mutated_recipes_of_few_steps(text: str) -> None:
+    check_recipe(text)
 
 
 @pytest.mark.slow
