@@ -19,7 +19,7 @@ from diffstill.engine.runtime import Runtime
 from diffstill.evaluation.intervals import t_interval
 from diffstill.evaluation.results import ModelEvaluation
 from diffstill.jobs.chain import chain
-from diffstill.recipe import ChainRecipe, load_recipe
+from diffstill.recipe import ChainRecipe, load_recipe, resolved
 from diffstill.report.frontier import gap_error
 from diffstill.report.receipt import Receipt
 
@@ -31,6 +31,8 @@ def run(name: str, overrides: Sequence[str], seed: int, out: Path) -> Receipt:
     """The receipt of one seed's chain, new or found finished."""
     recipe = load_recipe(name, [*overrides, f"seed={seed}"])
     assert isinstance(recipe, ChainRecipe), f"{name} is no chain"
+    if (out / "receipt.json").exists() and (held := Receipt.load(out)).recipe == resolved(recipe):
+        return held
     runtime, ui = Runtime("cpu"), make_ui(quiet=False, speaks=True)
     finished = chain(recipe, out, runtime, ui)
     assert finished.receipt is not None

@@ -28,6 +28,9 @@ PANELS = {
 }
 
 
+LIMITS: dict[str, tuple[float, float]] = {"class_agreement": (0.94, 1.003), "response": (0.0, 2.8)}
+
+
 def points(model: dict[str, Any], quantity: str) -> list[tuple[float, float, float]]:
     """(scale, mean, half an interval), ascending."""
     found = []
@@ -36,7 +39,7 @@ def points(model: dict[str, Any], quantity: str) -> list[tuple[float, float, flo
         if scale and told["mean"]["value"] is not None:
             mean = told["mean"]
             found.append((float(scale[1]), mean["value"], (mean["high"] - mean["low"]) / 2 if mean["low"] else 0.0))
-    return sorted(found)
+    return sorted([*found, (1.0, 0.0, 0.0)] if quantity == "response" else found)
 
 
 def draw(out: Path) -> None:
@@ -47,6 +50,8 @@ def draw(out: Path) -> None:
             x, y, half = zip(*points(models[name], quantity), strict=True)
             axes.errorbar(x, y, yerr=half, label=label, color=colour, marker=marker, markersize=4.5, capsize=2)
         axes.set_title(title, loc="left", fontsize=10)
+        axes.set_xticks([1, 1.3, 2, 3, 5], ["1", "1.3", "2", "3", "5"])
+        axes.set_ylim(*LIMITS[quantity])
         axes.set_xlabel("guidance scale", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e5e5e5", linewidth=0.7)

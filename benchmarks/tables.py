@@ -149,9 +149,9 @@ def guided_grid() -> str:
     """FD by sampler, steps and scale, with the class agreement at s = 2."""
     models, scales = chain_models(CASCADE), ("1", "1.3", "2", "3", "5")
     rows = [["teacher", "teacher"], ["one network for every scale (`full-dial`)", "full-dial"]]
-    rows += [[f"student, deterministic, {n} steps", f"full-{n}"] for n in (16, 8, 4, 2, 1)]
+    rows += [[f"student, deterministic, {n} step{'s' * (n > 1)}", f"full-{n}"] for n in (16, 8, 4, 2, 1)]
     rows += [[f"student, stochastic, {n} steps", f"stochastic-{n}"] for n in (16, 8, 4, 2)]
-    rows += [[f"teacher as it is, {n} steps", f"teacher@{n}"] for n in (16, 8, 4, 2, 1)]
+    rows += [[f"teacher as it is, {n} step{'s' * (n > 1)}", f"teacher@{n}"] for n in (16, 8, 4, 2, 1)]
     return table(
         ["", "NFE", *(f"s = {s}" for s in scales), "agreement, s = 2"],
         [
