@@ -205,7 +205,7 @@ def test_the_sound_one_breaks_none_of_them(rule: Callable[[Bench], str]) -> None
         assert rule is losses.copy_of_teacher
 
 
-@pytest.mark.parametrize("name", ["conditional", "dash", "fitnets", "supervised"])
+@pytest.mark.parametrize("name", ["conditional", "dash", "encoder", "fitnets", "guided", "progressive", "supervised"])
 def test_our_methods_conform(name: str) -> None:
     report = check_method(name, quick=True)
     assert report.ok, str(report)

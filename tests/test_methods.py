@@ -232,8 +232,12 @@ def test_the_anchor_moves_the_conditional_target_a_tenth_of_the_way(kind: Predic
 # Gradients
 
 
+OTHER_NETWORKS = ("guided", "progressive", "encoder")
+"""Methods whose students have few steps or take the scale: tests/test_checks.py tries them by the same rules."""
+
+
 @kinds
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OTHER_NETWORKS])
 def test_gradients_reach_the_roles_and_nothing_else(name: str, kind: PredictionType) -> None:
     assert losses.gradients(bench(name, kind)) == f"trained: {', '.join(roles_of(name))}"
 
@@ -286,7 +290,7 @@ def test_perturbing_the_null_row_moves_the_null_term_alone(kind: PredictionType)
     assert abs(float(after["null"] - case.part("null"))) > 1e-4
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in OTHER_NETWORKS])
 def test_no_hooks_stay(name: str) -> None:
     assert losses.hooks(bench(name)) == "none left"
 
@@ -458,11 +462,15 @@ def test_options_are_strict_and_frozen(name: str) -> None:
 
 
 def test_the_registry_and_what_its_methods_say() -> None:
-    assert set(METHODS) == {*DISTILLERS, "supervised", "pruning"}
+    assert set(METHODS) == {*DISTILLERS, *OTHER_NETWORKS, "supervised", "pruning"}
     assert {name for name, method in METHODS.items() if not method.guided} == {"single-head"}
-    assert {name: method.init for name, method in METHODS.items() if method.init != "fresh"} == {"pruning": "magnitude"}
+    starts = {name: method.init for name, method in METHODS.items() if method.init != "fresh"}
+    assert starts == {"pruning": "magnitude", **dict.fromkeys(OTHER_NETWORKS, "inherit")}
+    assert {name for name, method in METHODS.items() if method.fewer_steps} == {"sfddm", "progressive", "encoder"}
+    assert {name for name, method in METHODS.items() if method.keeps_scale} == {"progressive", "encoder"}
+    assert {name for name, method in METHODS.items() if method.scale_input} == {"guided"}
     assert {name for name, method in METHODS.items() if not method.compiles} == {"fitnets", "sfddm"}
-    assert {name for name, method in METHODS.items() if not method.trains_null} == {"conditional"}
+    assert {name for name, method in METHODS.items() if not method.trains_null} == {"conditional", "guided", "encoder"}
     for method in METHODS.values():
         assert method.summary
         assert "\n" not in method.summary

@@ -99,7 +99,7 @@ def sample(
             model.denoiser,
             len(wanted),
             guidance=scale,
-            steps=steps or default_steps(model.denoiser),
+            steps=default_steps(model.denoiser) if steps is None else steps,
             seed=seed,
             batch_size=batch_size,
             clip=clip,
