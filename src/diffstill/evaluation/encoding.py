@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..data.dataset import ImageData, to_float
 from ..diffusion.guidance import Constant, GuidanceSchedule
-from ..diffusion.prediction import to_epsilon, to_x0
-from ..diffusion.sampling import ClipMode, ddim_encode, ddim_sample
+from ..diffusion.sampling import ClipMode, ddim_encode, ddim_sample, estimate, level
 from ..diffusion.schedule import spaced_indices
 from ..errors import InputError
 from ..models.denoiser import Denoiser
@@ -58,14 +57,10 @@ def _encode_by_own_steps(denoiser: Denoiser, images: Tensor, labels: Tensor, gui
     for t in range(schedule.T):
         stamp = torch.full_like(labels, t)
         out = denoiser.guided(x, stamp, labels, guidance(t, schedule.T))
-        alpha, sigma = schedule.at(stamp, x.ndim, x.dtype)
-        x0 = to_x0(out, x, alpha, sigma, denoiser.prediction_type)
-        eps = to_epsilon(out, x, alpha, sigma, denoiser.prediction_type)
-        if t + 1 < schedule.T:
-            up_alpha, up_sigma = schedule.at(stamp + 1, x.ndim, x.dtype)
-        else:
-            up_alpha, up_sigma = (value.to(x) for value in denoiser.end)
-        x = up_alpha * x0 + up_sigma * eps
+        x0, eps = estimate(out, x, t, schedule, denoiser.prediction_type, "none")
+        last = t + 1 == schedule.T
+        alpha, sigma = map(float, denoiser.end) if last else level(schedule, t + 1)
+        x = alpha * x0 + sigma * eps
     return x
 
 

@@ -123,6 +123,13 @@ def require_scale_input(student: Denoiser) -> None:
         raise InputError("student.family", "this one", mend, problem="does not take the guidance scale as an input")
 
 
+def require_same_scale_input(student: Denoiser, teacher: Denoiser) -> None:
+    """Refuses a student that takes the guidance scale where its teacher does not, or the other way round."""
+    if student.takes_scale != teacher.takes_scale:
+        mend = "use family: teacher, or a student whose network takes the guidance scale as its teacher's does"
+        raise InputError("student.family", "this one", mend, problem="differs from the teacher in its scale input")
+
+
 def require_scales_of(teacher: Denoiser, ends: tuple[float, float]) -> None:
     """Refuses scales that a teacher with a range of its own was never trained for."""
     known = teacher.scale_range

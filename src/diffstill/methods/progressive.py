@@ -13,7 +13,7 @@ from ..errors import InputError
 from ..models.denoiser import Denoiser
 from .base import Batch, Losses, Method, Options, Setting, TeacherOutputs, per_sample_mse, register
 from .distillation import require_teacher
-from .guided import TimestepWeights, drawn_scales
+from .guided import TimestepWeights, drawn_scales, require_same_scale_input
 from .trajectory import JUMP, evaluations, trajectory_target
 
 
@@ -59,9 +59,7 @@ class Progressive(Method):
         super().__init__(setting, options)
         o = self.options
         self.teacher = require_teacher(setting, strides=True)
-        if self.student.takes_scale != self.teacher.takes_scale:
-            mend = "use family: teacher, or a student whose network takes the guidance scale as its teacher's does"
-            raise InputError("student.family", "this one", mend, problem="differs from the teacher in its scale input")
+        require_same_scale_input(self.student, self.teacher)
         self.student = self.student.with_network(self.student.network)
         self.student.time_index, self.student.scale_range = self.teacher.time_index, self.teacher.scale_range
         self.student.sampler = "stochastic" if o.sampler == "stochastic" else "ddim"

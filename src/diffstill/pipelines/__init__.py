@@ -29,8 +29,8 @@ def travelling_source(version: str) -> str:
 def component_source(module: str, version: str) -> str:
     """The text of a component's module (``guided_unet``, ``stochastic``, ``encode``) as it lies beside its weights."""
     header = f"# Written by diffstill {version} (Apache-2.0).\n"
-    before = ["diffusion/scale.py"] if module == "guided_unet" else []
-    return _in_one([*before, f"pipelines/{module}.py"], header)
+    before = "scale" if module == "guided_unet" else "prediction"
+    return _in_one([f"diffusion/{before}.py", f"pipelines/{module}.py"], header)
 
 
 def _in_one(files: Sequence[str], header: str) -> str:

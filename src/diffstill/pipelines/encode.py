@@ -1,6 +1,6 @@
 """Deterministic sampling run backwards, from image to noise, as a scheduler. Its text travels inside model folders.
 
-It must run on torch and diffusers alone.
+It must run on torch and diffusers alone; the conversions of predictions are written into the same file.
 """
 
 from typing import Any, Union
@@ -9,6 +9,8 @@ import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+from ..diffusion.prediction import to_epsilon, to_x0
 
 
 class EncodeScheduler(SchedulerMixin, ConfigMixin):
@@ -59,14 +61,8 @@ class EncodeScheduler(SchedulerMixin, ConfigMixin):
         t, kind = int(timestep), self.config.prediction_type
         levels = [*self.alphas_cumprod.tolist(), self.config.final_alpha_cumprod]
         alpha, sigma = levels[t] ** 0.5, (1 - levels[t]) ** 0.5
-        if kind == "epsilon":
-            x0, eps = (sample - sigma * model_output) / alpha, model_output
-        elif kind == "sample":
-            x0, eps = model_output, (sample - alpha * model_output) / sigma
-        elif kind == "v_prediction":
-            x0, eps = alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
-        else:
-            raise ValueError(f"prediction_type {kind!r} is not known")
+        x0 = to_x0(model_output, sample, alpha, sigma, kind)
+        eps = to_epsilon(model_output, sample, alpha, sigma, kind)
         x = levels[t + 1] ** 0.5 * x0 + (1 - levels[t + 1]) ** 0.5 * eps
         return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 

@@ -1,6 +1,6 @@
 """The N-step stochastic sampler of guided distillation as a scheduler. Its text travels inside model folders.
 
-It must run on torch and diffusers alone.
+It must run on torch and diffusers alone; the conversions of predictions are written into the same file.
 """
 
 from typing import Any, Union
@@ -10,6 +10,8 @@ from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
+
+from ..diffusion.prediction import to_epsilon, to_x0
 
 
 class StochasticJumpScheduler(SchedulerMixin, ConfigMixin):
@@ -77,14 +79,8 @@ class StochasticJumpScheduler(SchedulerMixin, ConfigMixin):
         """
         t, kind = int(timestep), self.config.prediction_type
         alpha, sigma = self._level(t)
-        if kind == "epsilon":
-            x0, eps = (sample - sigma * model_output) / alpha, model_output
-        elif kind == "sample":
-            x0, eps = model_output, (sample - alpha * model_output) / sigma
-        elif kind == "v_prediction":
-            x0, eps = alpha * sample - sigma * model_output, alpha * model_output + sigma * sample
-        else:
-            raise ValueError(f"prediction_type {kind!r} is not known")
+        x0 = to_x0(model_output, sample, alpha, sigma, kind)
+        eps = to_epsilon(model_output, sample, alpha, sigma, kind)
         if self.config.clip_sample:
             x0 = x0.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
             if use_clipped_model_output:
