@@ -180,6 +180,9 @@ def test_weights_that_were_changed_by_hand_are_not_built_upon(
     mark.write_text(mark.read_text().replace(json.loads(mark.read_text())["weights_sha256"], "0" * 64))
     assert main(command) == 2
     assert "delete the folder to train the stage again" in capsys.readouterr().err
+    mark.write_text("{}")
+    assert main(command) == 2
+    assert "has a stage.json that cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from .. import __version__
@@ -38,6 +37,30 @@ from .ui import Ui
 
 TOLD = ("recipe", "data", "protocol", "models", "lineage", "training", "warnings")
 """Parts of a receipt that are the same where nothing has changed."""
+
+
+class StageMark(BaseModel):
+    """``stage.json``: what a finished stage was made from and came to."""
+
+    name: str
+    of: str | None
+    inputs: dict[str, Any]
+    weights_sha256: str
+    warnings: list[str] = []
+    training: TrainingSummary
+
+    @classmethod
+    def read(cls, home: Path) -> StageMark:
+        """The mark in a stage's folder.
+
+        Raises:
+            InputError: one that is damaged, or of another version.
+        """
+        try:
+            return cls.model_validate_json((home / "stage.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            problem = f"has a stage.json that cannot be read ({' '.join(str(error).split())[:120]})"
+            raise InputError("stage", str(home), "delete the folder to train it again", problem=problem) from None
 
 
 @dataclass(frozen=True)
@@ -175,18 +198,16 @@ def _artefact(
         return _line(stage.name, loaded, loaded.lineage.method if loaded.lineage else ""), False
     inputs = stage.inputs(data, before.sha256 if before else None)
     home = folder.stage(stage.name, digest(inputs))
-    mark = home / "stage.json"
-    found = not runtime.any(not mark.exists())  # of all processes: they go the same way
+    found = not runtime.any(not (home / "stage.json").exists())  # of all processes: they go the same way
     if not found:
         _train(stage, before, data, home, runtime, ui)
-    told = json.loads(mark.read_text(encoding="utf-8"))
+    mark = StageMark.read(home)
     loaded = load_model(home / "model", runtime.device)
-    if weights_sha256(loaded.denoiser.network) != told["weights_sha256"]:
+    if weights_sha256(loaded.denoiser.network) != mark.weights_sha256:
         problem = "has other weights than its stage.json says"
         raise InputError("stage", str(home), "delete the folder to train the stage again", problem=problem)
-    summary = TrainingSummary.model_validate(told["training"])
-    made = _line(stage.name, loaded, stage.recipe.method.name, summary, before)
-    return replace(made, warnings=tuple(told["warnings"])), not found
+    made = _line(stage.name, loaded, stage.recipe.method.name, mark.training, before)
+    return replace(made, warnings=tuple(mark.warnings)), not found
 
 
 def _line(
@@ -220,15 +241,15 @@ def _train(stage: Stage, before: Artefact | None, data: DataSplits, home: Path, 
         warnings = trainer.warnings
     if runtime.is_main:
         curve = home.relative_to(home.parent.parent) / "log.jsonl"
-        told = {
-            "name": stage.name,
-            "of": stage.of,
-            "inputs": stage.inputs(data, before.sha256 if before else None),
-            "weights_sha256": weights_sha256(load_model(home / "model").denoiser.network),
-            "warnings": warnings,
-            "training": summary.model_copy(update={"curve": str(curve)}).model_dump(mode="json"),
-        }
-        write_text(home / "stage.json", json.dumps(told, indent=1) + "\n")
+        mark = StageMark(
+            name=stage.name,
+            of=stage.of,
+            inputs=stage.inputs(data, before.sha256 if before else None),
+            weights_sha256=weights_sha256(load_model(home / "model").denoiser.network),
+            warnings=warnings,
+            training=summary.model_copy(update={"curve": str(curve)}),
+        )
+        write_text(home / "stage.json", mark.model_dump_json(indent=1) + "\n")
     runtime.barrier()
 
 
