@@ -115,17 +115,21 @@ def test_the_optimizer_uses_the_rate_of_the_step_and_the_scale_of_the_role(tmp_p
     rates = []
     for _ in range(4):
         trainer.step()
-        rates.append(arm.optimizer.param_groups[0]["lr"])
+        rates.append(arm.optimizers["train"].param_groups[0]["lr"])
     assert rates == pytest.approx([arm.learning_rate(8 * k) for k in range(4)])
-    assert [group["weight_decay"] for group in arm.optimizer.param_groups] == [0.3, 0.0]
+    assert [group["weight_decay"] for group in arm.optimizers["train"].param_groups] == [0.3, 0.0]
     method = bench.method()
     method.role_optimizers["curriculum"] = RoleOptimizer(lr_scale=10)
     scaled = Arm("arm", method, trainer.settings, bench.runtime)
     batch = bench.batch()
     assert method.teacher is not None
-    scaled.backward(batch, TeacherOutputs(method.teacher, batch, method.teacher_needs), 1.0, True)
-    scaled.update(8)
-    assert [group["lr"] for group in scaled.optimizer.param_groups] == pytest.approx([rates[1], 10 * rates[1]])
+    scaled.backward(
+        scaled.phases["train"], batch, TeacherOutputs(method.teacher, batch, method.teacher_needs), 1.0, True
+    )
+    scaled.update(scaled.phases["train"], 8)
+    assert [group["lr"] for group in scaled.optimizers["train"].param_groups] == pytest.approx(
+        [rates[1], 10 * rates[1]]
+    )
     assert bool(bench.method().roles["curriculum"].logits.eq(0).all())
     assert bool(arm.method.roles["curriculum"].logits.ne(0).any())
 
@@ -167,18 +171,20 @@ def test_gradients_are_clipped_for_the_roles_that_ask(tmp_path: Path) -> None:
     trainer = bench.trainer(tmp_path, steps=1, grad_clip=0.01)
     arm = trainer.arms[0]
     batch = bench.batch()
-    arm.backward(batch, TeacherOutputs(arm.method.teacher, batch, arm.method.teacher_needs), 1.0, True)
+    arm.backward(
+        arm.phases["train"], batch, TeacherOutputs(arm.method.teacher, batch, arm.method.teacher_needs), 1.0, True
+    )
     curriculum = arm.method.roles["curriculum"].logits.grad.clone()
     seen: dict[str, Tensor] = {}
-    real = arm.optimizer.step
+    real = arm.optimizers["train"].step
 
     def step(*args: Any, **kwargs: Any) -> Any:
         seen["student"] = torch.cat([p.grad.flatten() for p in arm.method.roles["student"].parameters()])
         seen["curriculum"] = arm.method.roles["curriculum"].logits.grad.clone()
         return real(*args, **kwargs)
 
-    arm.optimizer.step = step
-    arm.update(0)
+    arm.optimizers["train"].step = step
+    arm.update(arm.phases["train"], 0)
     assert float(seen["student"].norm()) == pytest.approx(0.01, rel=1e-3)
     assert torch.equal(seen["curriculum"], curriculum)
     assert arm.take_means()["grad_norm"] > 0.01

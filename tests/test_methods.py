@@ -313,8 +313,8 @@ def test_the_projector_is_trained_and_not_exported() -> None:
     arm = Arm("a", method, TrainSettings(images=8, batch_size=8, lr=1e-2), made.runtime)
     before = method.projector.layers["mid"].weight.clone()
     batch = made.batch()
-    arm.backward(batch, TeacherOutputs(method.teacher, batch, method.teacher_needs), 1.0, True)
-    arm.update(0)
+    arm.backward(arm.phases["train"], batch, TeacherOutputs(method.teacher, batch, method.teacher_needs), 1.0, True)
+    arm.update(arm.phases["train"], 0)
     assert not torch.equal(before, method.projector.layers["mid"].weight)
     assert method.projector.layers["mid"].weight.shape == (16, 8, 1, 1)
     assert arm.student.network.state_dict().keys() == plain

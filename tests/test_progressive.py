@@ -317,12 +317,12 @@ def test_a_round_begins_with_a_new_optimizer_and_ends_at_rate_0(family: str, tmp
     before = copy.deepcopy(model.network.state_dict())
     trainer = trainer_of(method, tmp_path)
     arm = trainer.arms[0]
-    assert len(arm.optimizer.state) == 0
+    assert len(arm.optimizers["train"].state) == 0
     trainer.run()
     rates = [r["lr"] for r in read_log(tmp_path / "log.jsonl") if "loss" in r]
     assert rates == pytest.approx([2e-3 * (1 - (i + 1) / 6) for i in range(6)])
     assert rates[-1] == 0
-    assert arm.optimizer.param_groups[0]["lr"] == pytest.approx(2e-3 / 6), "of the last step taken"
+    assert arm.optimizers["train"].param_groups[0]["lr"] == pytest.approx(2e-3 / 6), "of the last step taken"
     assert_same(model.network.state_dict(), before)
     assert any(not torch.equal(before[k], v) for k, v in arm.student.network.state_dict().items())
     assert arm.student.time_index is not None
@@ -336,7 +336,7 @@ def test_a_round_begins_with_a_new_optimizer_and_ends_at_rate_0(family: str, tmp
     assert following.student.time_index is not None
     assert following.student.time_index.tolist() == [499, 999]
     assert_same(following.student.network.state_dict(), arm.student.network.state_dict())
-    assert len(trainer_of(following, tmp_path / "next").arms[0].optimizer.state) == 0
+    assert len(trainer_of(following, tmp_path / "next").arms[0].optimizers["train"].state) == 0
 
 
 @pytest.mark.parametrize(

@@ -145,10 +145,15 @@ def order(bench: Bench) -> str:
         drawn: Tensor = batch.uniform(name, whole_batch=whole_batch)
         return drawn if whole_batch else drawn[shuffled]
 
+    def normal(name: str) -> Tensor:
+        return batch.normal(name)[shuffled]
+
     other = replace(
         batch,
         **{name: getattr(batch, name)[shuffled] for name in ("x0", "labels", "t", "noise", "x_t", "t_global")},
         uniform=uniform,
+        normal=normal,
+        memo={},
     )
     return _equal(bench.loss(method, batch).total, bench.loss(method, other).total, "shuffled")
 

@@ -47,7 +47,8 @@ def teacher_unchanged(bench: Bench) -> str:
             raise NotApplicable("the method asks nothing of a teacher")
         network = unwrap(trainer.teacher.network)
         before = {name: value.clone() for name, value in network.state_dict().items()}
-        trained = {id(p) for group in trainer.arms[0].optimizer.param_groups for p in group["params"]}
+        optimizers = trainer.arms[0].optimizers.values()
+        trained = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         if any(id(p) in trained for p in network.parameters()):
             raise Broken("a parameter of the teacher is in the optimizer")
         modes: list[bool] = []

@@ -1,4 +1,4 @@
-"""An arm: one method with its optimizer, its EMA copies and its clock. An ordinary run has one, an arena many."""
+"""An arm: one method with its optimizers, its EMA copies and its clock. An ordinary run has one, an arena many."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..methods.base import Batch, Losses, Method, TeacherOutputs
+from ..methods.base import Batch, Losses, Method, Phase, TeacherOutputs
 from ..models.adapters import unwrap
 from ..models.denoiser import Denoiser
 from .compiled import compiled_fault
@@ -22,7 +22,8 @@ from .state import pack_optimizer, unpack_optimizer
 
 
 class Arm:
-    """What the loop trains: ``step`` takes micro-batches, accumulates, clips, updates weights and EMA.
+    """What the loop trains: in every phase that is due it takes micro-batches, accumulates, clips, updates weights and
+    EMA. Each phase has an optimizer and a clock of its own.
 
     Args:
         images: how many images this arm trains on (an arm of an arena may stop before or after the others).
@@ -37,31 +38,40 @@ class Arm:
         self.failed: str | None = None
         self.alarm = False
         self.ema: dict[str, Ema] = {}
-        groups = []
-        self._clipped: list[nn.Parameter] = []
         for role, network in list(method.roles.items()):
-            how = method.role_optimizers[role]
             runtime.place(network, runtime.channels_last(settings.channels_last))
-            if how.ema:
+            if method.role_optimizers[role].ema:
                 self.ema[role] = Ema(network, settings.ema_decay, settings.ema_cap)
-            trained = [p for p in network.parameters() if p.requires_grad]
-            decay = settings.weight_decay if how.weight_decay is None else how.weight_decay
-            groups.append({"params": trained, "weight_decay": decay, "lr_scale": how.lr_scale})
-            if how.clip:
-                self._clipped += trained
             method.replace_role(role, runtime.wrap(network))
         for module in method.frozen.values():
             runtime.place(module, channels_last=False)
+        for name, value in method.memory.items():
+            method.memory[name] = value.to(runtime.device)
         self.warnings: list[str] = []
         self._unproven = runtime.compiles(settings.compile, settings.steps) and method.compiles
         self._refused = False
         if self._unproven:
             unwrap(method.student.network).compile()
         height, width = method.student.sample_shape[1:]
-        method.student.autocast_dtype = runtime.dtype(settings.precision, pixels=height * width)
-        self.optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+        for denoiser in method.denoisers():
+            denoiser.autocast_dtype = runtime.dtype(settings.precision, pixels=height * width)
+        self.phases = {phase.name: phase for phase in method.phases}
+        self.optimizers = {name: self._optimizer(phase) for name, phase in self.phases.items()}
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
+        """How many updates each of the sums is over."""
+        self._added: set[str] = set()
+
+    def _optimizer(self, phase: Phase) -> torch.optim.AdamW:
+        s, groups = self.settings, []
+        for role in phase.roles:
+            how = self.method.role_optimizers[role]
+            trained = [p for p in self.method.roles[role].parameters() if p.requires_grad]
+            if not trained:
+                raise ValueError(f"{self.name}: role {role} has nothing to train; list it in Method.frozen")
+            decay = s.weight_decay if how.weight_decay is None else how.weight_decay
+            groups.append({"params": trained, "weight_decay": decay, "lr_scale": how.lr_scale, "clip": how.clip})
+        return torch.optim.AdamW(groups, lr=s.lr, betas=s.betas, fused=True)
 
     @property
     def student(self) -> Denoiser:
@@ -70,29 +80,44 @@ class Arm:
         made.autocast_dtype = None
         return made
 
-    def learning_rate(self, images_seen: int) -> float:
-        """Linear warm-up, then cosine or linear from ``lr`` to ``lr_min``: a pure function of the images seen."""
+    def due(self, images_seen: int) -> list[Phase]:
+        """The phases that run at the step after ``images_seen`` images."""
+        step = images_seen // self.settings.batch_size
+        return [phase for phase in self.phases.values() if step % phase.every == 0]
+
+    def learning_rate(self, images_seen: int, every: int = 1) -> float:
+        """Linear warm-up, then cosine or linear from ``lr`` to ``lr_min``: a pure function of the images seen.
+
+        Args:
+            every: of a phase that does not run at every step: its clock is the images of its own updates.
+        """
         s = self.settings
-        if images_seen < s.warmup_images:
-            return s.lr * (images_seen + s.batch_size) / (s.warmup_images + s.batch_size)
+        own, whole = images_seen, self.images
+        if every > 1:
+            own, whole = (-(-images // (s.batch_size * every)) * s.batch_size for images in (own, whole))
+        if own < s.warmup_images:
+            return s.lr * (own + s.batch_size) / (s.warmup_images + s.batch_size)
         if s.decay == "none":
             return s.lr
-        progress = (images_seen - s.warmup_images) / max(1, self.images - s.warmup_images)
+        progress = (own - s.warmup_images) / max(1, whole - s.warmup_images)
         left = 1 - min(1.0, progress)
         share = left if s.decay == "linear" else 0.5 * (1 - math.cos(math.pi * left))
         return s.lr_min + (s.lr - s.lr_min) * share
 
-    def backward(self, batch: Batch, teacher: TeacherOutputs | None, share: float, last: bool) -> None:
-        """Loss and gradients of one micro-batch that makes up ``share`` of this process's batch."""
+    def backward(self, phase: Phase, batch: Batch, teacher: TeacherOutputs | None, share: float, last: bool) -> None:
+        """A phase's loss and gradients of one micro-batch that makes up ``share`` of this process's batch."""
         if self._unproven:
             self._prove_compiled(batch, teacher)
         with ExitStack() as stack:
             stack.enter_context(self._mode())
-            for role in self.method.roles.values():
-                stack.enter_context(self.runtime.accumulate(role, last))
-            losses: Losses = self.method.loss(batch, teacher)
+            stack.enter_context(self.method.in_phase(phase))
+            for role in phase.roles:
+                stack.enter_context(self.runtime.accumulate(self.method.roles[role], last))
+            losses: Losses = self.method.phase_loss(phase.name, batch, teacher)
             (losses.total * share).backward()
         self._add("loss", losses.total.detach() * share)
+        if len(self.phases) > 1:
+            self._add(f"{phase.name}_loss", losses.total.detach() * share)
         for name, value in losses.parts.items():
             self._add(name, value * share)
 
@@ -112,7 +137,7 @@ class Arm:
                     self.method.loss(batch, teacher).total.backward()
                 return torch.cat([p.grad.flatten().float() for p in student.parameters() if p.grad is not None])
             finally:
-                self.optimizer.zero_grad(set_to_none=True)
+                self._forget_gradients()
 
         was = student.training
         student.train(was and not drops)
@@ -123,33 +148,47 @@ class Arm:
             self._refused = True
             self.warnings.append(f"{self.name}: trained without torch.compile: {fault or 'it failed elsewhere'}")
 
-    def update(self, images_seen: int) -> None:
-        """Clip, optimizer step, EMA."""
+    def update(self, phase: Phase, images_seen: int) -> None:
+        """Clip, optimizer step, EMA of one phase."""
+        optimizer = self.optimizers[phase.name]
         if self.settings.grad_clip is not None:
-            norm = nn.utils.clip_grad_norm_(self._clipped, self.settings.grad_clip)
-            self._add("grad_norm", norm.detach())
-        lr = self.learning_rate(images_seen)
-        for group in self.optimizer.param_groups:
+            clipped = [p for group in optimizer.param_groups if group["clip"] for p in group["params"]]
+            norm = nn.utils.clip_grad_norm_(clipped, self.settings.grad_clip)
+            self._add("grad_norm" if len(self.phases) == 1 else f"{phase.name}_grad_norm", norm.detach())
+        lr = self.learning_rate(images_seen, phase.every)
+        for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
-        self.optimizer.step()
-        self.method.after_update()
-        self.optimizer.zero_grad(set_to_none=True)
-        for role, ema in self.ema.items():
-            ema.update(unwrap(self.method.roles[role]))
-        self.count += 1
+        optimizer.step()
+        self.method.after_update(phase.name)
+        if self.runtime.world > 1:
+            for value in self.method.memory.values():
+                value.copy_(self.runtime.mean(value))
+        optimizer.zero_grad(set_to_none=True)
+        for role in phase.roles:
+            if role in self.ema:
+                self.ema[role].update(unwrap(self.method.roles[role]))
+        for name in self._added:
+            self.counts[name] = self.counts.get(name, 0) + 1
+        self._added.clear()
+
+    def _forget_gradients(self) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
 
     def _add(self, name: str, value: Tensor) -> None:
         # Sums stay on the device until the log point: no host sync inside a step.
         self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self._added.add(name)
 
     def take_means(self) -> dict[str, float]:
-        """Means since the last call, over steps and processes; one device sync."""
-        if not self.count:
+        """Means since the last call, over updates and processes; one device sync."""
+        if not self.sums:
             return {}
         names = list(self.sums)
-        values = self.runtime.mean(torch.stack([self.sums[n].float() for n in names])) / self.count
-        self.sums, self.count = {}, 0
-        return dict(zip(names, values.tolist(), strict=True))
+        values = self.runtime.mean(torch.stack([self.sums[n].float() for n in names])).tolist()
+        means = {name: value / self.counts[name] for name, value in zip(names, values, strict=True)}
+        self.sums, self.counts = {}, {}
+        return means
 
     def share_sums(self) -> None:
         """Means over processes in place of each one's own sums: what one process saves is then true for all."""
@@ -165,7 +204,12 @@ class Arm:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a resume needs, as flat tensors."""
-        saved = {f"optimizer/{key}": value for key, value in pack_optimizer(self.optimizer).items()}
+        saved = {
+            f"optimizer/{phase}/{key}": value
+            for phase, optimizer in self.optimizers.items()
+            for key, value in pack_optimizer(optimizer).items()
+        }
+        saved |= {f"memory/{name}": value for name, value in self.method.memory.items()}
         for role, network in self.method.roles.items():
             saved |= {f"role/{role}/{key}": value for key, value in unwrap(network).state_dict().items()}
         for role, ema in self.ema.items():
@@ -176,7 +220,7 @@ class Arm:
     def meta(self) -> dict[str, Any]:
         return {
             "seconds": self.seconds,
-            "count": self.count,
+            "counts": self.counts,
             "alarm": self.alarm,
             "failed": self.failed,
             "ema_updates": {role: ema.updates for role, ema in self.ema.items()},
@@ -193,7 +237,10 @@ class Arm:
                 unwrap(network).load_state_dict(part(f"role/{role}/"), strict=True)
             for role, ema in self.ema.items():
                 ema.load(part(f"ema/{role}/"), meta["ema_updates"][role])
-            unpack_optimizer(self.optimizer, part("optimizer/"))
+            for phase, optimizer in self.optimizers.items():
+                unpack_optimizer(optimizer, part(f"optimizer/{phase}/"))
+            for name, value in self.method.memory.items():
+                value.copy_(tensors[f"memory/{name}"])
         except (RuntimeError, KeyError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise InputError(
@@ -204,7 +251,7 @@ class Arm:
             ) from error
         device = self.runtime.device
         self.sums = {name: value.to(device) for name, value in part("sum/").items()}
-        self.count, self.seconds = meta["count"], meta["seconds"]
+        self.counts, self.seconds = meta["counts"], meta["seconds"]
         self.alarm, self.failed = meta["alarm"], meta["failed"]
 
 

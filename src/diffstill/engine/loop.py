@@ -170,20 +170,28 @@ class Trainer:
         if self._teacher_unproven and self.teacher is not None:
             self.teacher = self._prove_teacher(self.teacher)
         parts = self._parts(active)
-        total = sum(part.size for part, _ in parts)
-        for number, (part, teacher) in enumerate(parts):
+        for _, teacher in parts:
             if teacher is not None and self.timed:
                 self._compute_timed(teacher, active)
-            for arm in active:
-                clock = self._tick()
-                # Network dropout is the one draw that torch keeps globally; every arm gets the same stream.
-                torch.manual_seed(stream_seed(self.stream.seed, "dropout", self.images_seen, number, self.runtime.rank))
-                arm.backward(part, teacher, part.size / total, number == len(parts) - 1)
-                self.warnings += [line for line in arm.warnings if line not in self.warnings]
-                if number == len(parts) - 1:
-                    arm.update(self.images_seen)
-                arm.seconds += self._tick() - clock
+        for arm in active:
+            clock = self._tick()
+            self._step(arm, parts)
+            arm.seconds += self._tick() - clock
+            self.warnings += [line for line in arm.warnings if line not in self.warnings]
         self.images_seen += self.settings.batch_size
+
+    def _step(self, arm: Arm, parts: list[tuple[Batch, TeacherOutputs | None]]) -> None:
+        """One arm's phases over the step's micro-batches."""
+        total, seed = sum(part.size for part, _ in parts), self.stream.seed
+        for part, _ in parts:
+            part.memo.clear()
+        for phase in arm.due(self.images_seen):
+            which = () if len(arm.phases) == 1 else (phase.name,)
+            for number, (part, teacher) in enumerate(parts):
+                # Network dropout is the one draw that torch keeps globally; every arm gets the same stream.
+                torch.manual_seed(stream_seed(seed, "dropout", self.images_seen, number, self.runtime.rank, *which))
+                arm.backward(phase, part, teacher, part.size / total, number == len(parts) - 1)
+            arm.update(phase, self.images_seen)
 
     def _parts(self, active: list[Arm]) -> list[tuple[Batch, TeacherOutputs | None]]:
         """The step's micro-batches and teacher outputs. With ``teacher_reuse`` r, windows of batches come r times
@@ -232,8 +240,11 @@ class Trainer:
             means = arm.take_means()
             if not means or arm.failed:
                 continue
-            if not all(math.isfinite(v) for k, v in means.items() if k != "grad_norm"):
+            if not all(math.isfinite(v) for k, v in means.items() if not k.endswith("grad_norm")):
                 self._diverged(arm)
+                continue
+            if (fault := arm.method.fault(means)) is not None:
+                self._diverged(arm, fault)
                 continue
             self.log.write(
                 images=self.images_seen,
@@ -247,8 +258,8 @@ class Trainer:
         if self.on_progress:
             self.on_progress(Progress(self.images_seen, self.total, rate, shown))
 
-    def _diverged(self, arm: Arm) -> None:
-        reason = f"{arm.name}: the loss or a weight became NaN or infinite before {self.images_seen} images"
+    def _diverged(self, arm: Arm, fault: str = "the loss or a weight became NaN or infinite") -> None:
+        reason = f"{arm.name}: {fault} before {self.images_seen} images"
         self.log.write(images=self.images_seen, arm=arm.name, event="diverged")
         if len(self.arms) == 1:
             raise RunFailed(f"{reason}; {self._last_good()}; try a lower training.lr or training.precision=fp32")

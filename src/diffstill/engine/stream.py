@@ -32,6 +32,11 @@ class Draws:
         drawn = torch.rand(count, generator=self.generator(name), device=self.device)
         return drawn if whole_batch else drawn[self.part]
 
+    def normal(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """(B, *shape) standard-normal."""
+        # One draw for the global batch, then the slice: N processes see what one would.
+        return torch.randn((self.size, *shape), generator=self.generator(name), device=self.device)[self.part]
+
 
 class BatchStream:
     """The endless stream of training batches of one data set.
@@ -77,15 +82,17 @@ class BatchStream:
         t_global = torch.randint(
             self.schedule.T, (self.batch_size,), generator=draws.generator("t"), device=self.device
         )
-        # One draw for the global batch, then the slice: N processes see what one would.
-        shape = (self.batch_size, *x0.shape[1:])
-        noise = torch.randn(shape, generator=draws.generator("noise"), device=self.device)[self.part]
-        t = t_global[self.part]
+        shape = tuple(x0.shape[1:])
+
+        def normal(name: str) -> Tensor:
+            drawn = draws.normal(name, shape)
+            return drawn.contiguous(memory_format=torch.channels_last) if self._channels_last else drawn
+
+        noise, t = normal("noise"), t_global[self.part]
         if self._channels_last:
             x0 = x0.contiguous(memory_format=torch.channels_last)
-            noise = noise.contiguous(memory_format=torch.channels_last)
         x_t = self.schedule.add_noise(x0, noise, t)
-        return Batch(x0, labels, t, noise, x_t, t_global, draws.uniform, images_seen)
+        return Batch(x0, labels, t, noise, x_t, t_global, draws.uniform, images_seen, normal)
 
 
 def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
@@ -100,6 +107,9 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
             drawn: Tensor = batch.uniform(name, whole_batch=whole_batch)
             return drawn if whole_batch else drawn[part]
 
+        def normal(name: str, part: slice = part) -> Tensor:
+            return batch.normal(name)[part]
+
         made.append(
             Batch(
                 batch.x0[part],
@@ -110,6 +120,7 @@ def micro_batches(batch: Batch, size: int | None) -> list[Batch]:
                 batch.t_global,
                 uniform,
                 batch.images_seen,
+                normal,
             )
         )
     return made

@@ -1,7 +1,19 @@
 """Methods: what is trained against what. A method owns roles and a loss, never a loop. Importing registers ours."""
 
 from . import composite, conditional, dash, encoder, fitnets, gap, guided, progressive, sfddm, single_head, supervised
-from .base import METHODS, Batch, Losses, Method, Options, RoleOptimizer, Setting, TeacherOutputs, register
+from .base import (
+    METHODS,
+    Batch,
+    Losses,
+    Method,
+    Options,
+    Phase,
+    PhasedMethod,
+    RoleOptimizer,
+    Setting,
+    TeacherOutputs,
+    register,
+)
 from .curriculum import Curriculum, CurriculumOptions
 
 __all__ = [
@@ -12,6 +24,8 @@ __all__ = [
     "Losses",
     "Method",
     "Options",
+    "Phase",
+    "PhasedMethod",
     "RoleOptimizer",
     "Setting",
     "TeacherOutputs",

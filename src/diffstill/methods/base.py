@@ -8,7 +8,8 @@ named parts. It owns its trainable roles; it never touches an optimizer, a devic
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
@@ -32,12 +33,17 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+def _no_draws(name: str) -> Tensor:
+    raise LookupError(f"this batch was made without normal draws ({name})")
+
+
 @dataclass(frozen=True)
 class Batch:
     """One process's slice of a global batch.
 
     ``uniform(name)`` gives per-sample numbers in [0, 1) (B,), a pure function of (name, seed, images_seen);
-    ``uniform(name, whole_batch=True)`` one number (1,) for the global batch.
+    ``uniform(name, whole_batch=True)`` one number (1,) for the global batch. ``normal(name)`` gives standard-normal
+    noise (B, C, H, W) in the same way.
     """
 
     x0: Tensor
@@ -54,6 +60,9 @@ class Batch:
     """(global B,) the timesteps of all processes, for normalisers that run over the whole batch."""
     uniform: Callable[..., Tensor]
     images_seen: int = 0
+    normal: Callable[[str], Tensor] = _no_draws
+    memo: dict[str, Tensor] = field(default_factory=dict)
+    """What one phase of a step leaves for the next; emptied before every step."""
 
     @property
     def size(self) -> int:
@@ -160,6 +169,17 @@ class RoleOptimizer:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """A part of a training step that has an optimizer of its own."""
+
+    name: str
+    roles: tuple[str, ...]
+    """The roles that it trains; all others are frozen and in eval mode while it runs."""
+    every: int = 1
+    """It runs at steps 0, ``every``, 2 ``every`` ... and its learning rate follows its own updates."""
+
+
+@dataclass(frozen=True)
 class Setting:
     """What a method is built from: the student, the frozen teacher (None when training a teacher) and the teacher's
     timestep curriculum (None where it has none)."""
@@ -167,6 +187,8 @@ class Setting:
     student: Denoiser
     teacher: Denoiser | None = None
     curriculum: Curriculum | None = None
+    initial: Mapping[str, Denoiser] = field(default_factory=dict)
+    """Role -> the finished model that it starts from, where the recipe says one (``roles``)."""
 
 
 class Method(ABC):
@@ -215,6 +237,8 @@ class Method(ABC):
         self.role_optimizers: dict[str, RoleOptimizer] = {"student": RoleOptimizer()}
         self.frozen: dict[str, nn.Module] = {}
         """Modules that the loss uses and nobody trains, the teacher aside; the engine moves them to the device."""
+        self.memory: dict[str, Tensor] = {}
+        """Tensors that the method changes in ``after_update``: saved with a checkpoint, averaged over processes."""
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -229,8 +253,44 @@ class Method(ABC):
     def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
         """The loss of one (micro-)batch; gradients reach only ``self.roles``."""
 
-    def after_update(self) -> None:
-        """Called after every optimizer step."""
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The parts of a step, in their order. One for most methods: all roles, at every step."""
+        return (Phase("train", tuple(self.roles)),)
+
+    def phase_loss(self, phase: str, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        """The loss of one phase; of a method of one phase, ``loss``. Called inside ``in_phase``."""
+        return self.loss(batch, teacher)
+
+    @contextmanager
+    def in_phase(self, phase: Phase) -> Iterator[None]:
+        """Only the phase's roles ask for gradients and are in train mode; afterwards all is as it was, also after an
+        exception."""
+        resting = [network for name, network in self.roles.items() if name not in phase.roles]
+        asked = [p for network in resting for p in network.parameters() if p.requires_grad]
+        modes = [(module, module.training) for network in resting for module in network.modules()]
+        try:
+            for network in resting:
+                network.eval()
+            for parameter in asked:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in asked:
+                parameter.requires_grad_(True)
+            for module, mode in modes:
+                module.training = mode
+
+    def denoisers(self) -> Sequence[Denoiser]:
+        """The models that run in training precision."""
+        return [self.student]
+
+    def fault(self, means: Mapping[str, float]) -> str | None:
+        """Why a training with these means of the logged values has diverged, where it has; asked at log points."""
+        return None
+
+    def after_update(self, phase: str) -> None:
+        """Called after every optimizer step of a phase."""
         if self.curriculum is not None:
             self.curriculum.keep_inside()
 
@@ -247,6 +307,29 @@ class Method(ABC):
 
 METHODS: dict[str, type[Method]] = {}
 M = TypeVar("M", bound=type[Method])
+
+
+class PhasedMethod(Method):
+    """A method of several phases, each with its own roles, optimizer and cadence: implement ``phases``, the first of
+    which trains the student, and ``phase_loss``."""
+
+    compiles = False
+
+    @property
+    @abstractmethod
+    def phases(self) -> tuple[Phase, ...]: ...
+
+    @abstractmethod
+    def phase_loss(self, phase: str, batch: Batch, teacher: TeacherOutputs | None) -> Losses: ...
+
+    def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        """Sum over the phases, through which each still reaches its own roles only."""
+        found = []
+        for phase in self.phases:
+            with self.in_phase(phase):
+                found.append(self.phase_loss(phase.name, batch, teacher))
+        parts = {name: value for losses in found for name, value in losses.parts.items()}
+        return Losses(torch.stack([losses.total for losses in found]).sum(), parts)
 
 
 def register(method: M) -> M:
