@@ -20,7 +20,7 @@ from .steps import noising_kernel
 
 ClipMode = Literal["recompute", "paper", "none"]
 """After clipping x0 to [-1, 1]: recompute eps from it (default, D23), keep the old eps (as released), or no clip."""
-SamplerName = Literal["ddim", "stochastic", "encode"]
+SamplerName = Literal["ddim", "stochastic", "encode", "renoise"]
 
 Predict = Callable[[Tensor, Tensor, float], Tensor]
 """``(x_t, t, scale) -> prediction`` guided at that scale; t is (B,) int64."""
@@ -114,6 +114,36 @@ def stochastic_sample(
             factor, spread = noising_kernel(*lower, *level(schedule, t - 1))
             x = factor * x + spread * fresh()
     return x
+
+
+def renoise_sample(
+    predict: Predict,
+    noise: Tensor,
+    schedule: NoiseSchedule,
+    fresh: Noise,
+    *,
+    prediction_type: PredictionType = "epsilon",
+    last: int = 0,
+    gradient_from: int | None = None,
+) -> Tensor:
+    """Images (B, ...) by clean estimates with fresh noise between them, over all of the schedule's steps (unidad.md
+    2.3): training's unroll and the sampling of few-step generators alike. Nothing is clipped; T evaluations.
+
+    Args:
+        noise: standard-normal; scaled to the first step's noise level.
+        last: the step whose clean estimate is given; 0 is the end of the chain.
+        gradient_from: steps noisier than this one are taken without gradient; None: the caller's mode for all.
+    """
+    x = level(schedule, schedule.T - 1)[1] * noise
+    for t in reversed(range(last, schedule.T)):
+        stamp = torch.full((len(x),), t, dtype=torch.int64, device=x.device)
+        tracked = torch.is_grad_enabled() and (gradient_from is None or t <= gradient_from)
+        with torch.set_grad_enabled(tracked):
+            x0, _ = estimate(predict(x, stamp, 1.0), x, t, schedule, prediction_type, "none")
+            if t > last:
+                alpha, sigma = level(schedule, t - 1)
+                x = alpha * x0 + sigma * fresh()
+    return x0
 
 
 def ddim_encode(

@@ -75,6 +75,12 @@ class NoiseSchedule:
         return cls(name, betas)
 
     @classmethod
+    def of_levels(cls, name: str, alphas_cumprod: Tensor) -> NoiseSchedule:
+        """The schedule whose steps have these signal levels ``alpha_t^2``, (T,) float64 and falling."""
+        before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        return cls(name, (1 - alphas_cumprod / before).clamp(max=FLOAT32_BETA))
+
+    @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
         """From any diffusers scheduler with a ``betas`` table (DDPM, DDIM, DPM-Solver...)."""
         name = scheduler.config.get("diffstill_schedule") or scheduler.config.get("beta_schedule", "trained")
@@ -147,9 +153,7 @@ class NoiseSchedule:
             raise ValueError(f"timesteps {chosen} must be a non-empty increasing sequence")
         if chosen[0] < 0 or chosen[-1] >= self.T:
             raise ValueError(f"timesteps {chosen[0]}..{chosen[-1]} must lie in 0..{self.T - 1}")
-        levels = self.alphas_cumprod[chosen]
-        before = torch.cat([torch.ones(1, dtype=torch.float64), levels[:-1]])
-        return NoiseSchedule(f"{self.name}-{len(chosen)}", (1 - levels / before).clamp(max=FLOAT32_BETA))
+        return NoiseSchedule.of_levels(f"{self.name}-{len(chosen)}", self.alphas_cumprod[chosen])
 
     def steps_in(self, other: NoiseSchedule) -> list[int] | None:
         """Which steps of ``other`` have this schedule's noise levels; None where it has not all of them.

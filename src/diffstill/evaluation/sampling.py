@@ -9,9 +9,12 @@ from torch import Tensor
 
 from ..data.dataset import to_uint8
 from ..diffusion.guidance import Constant, GuidanceSchedule
-from ..diffusion.sampling import ClipMode, Noise, ddim_sample, noise_source, stochastic_sample
+from ..diffusion.sampling import ClipMode, Noise, ddim_sample, noise_source, renoise_sample, stochastic_sample
 from ..errors import InputError
 from ..models.denoiser import Denoiser
+
+ALL_STEPS = ("stochastic", "renoise")
+"""Samplers of models that are sampled in all of their steps or not at all."""
 
 
 def sample_images(
@@ -70,11 +73,11 @@ def draw(
     """One batch of images (B, C, H, W) in [-1, 1] for labels (B,), by the sampler that the model was trained for.
 
     Args:
-        fresh: the start noise at its first call; what a stochastic sampler adds at the following ones.
-        steps: None: all of the model's. A stochastic sampler takes all.
+        fresh: the start noise at its first call; what a sampler that renoises adds at the following ones.
+        steps: None: all of the model's.
 
     Raises:
-        InputError: fewer steps than a stochastic sampler has.
+        InputError: another number of steps than a model has that takes all of them; an encoder.
     """
     T = denoiser.schedule.T
 
@@ -83,9 +86,12 @@ def draw(
 
     if denoiser.sampler == "encode":
         raise InputError("model", "an encoder", "use a model that draws images", problem="goes from images to noise")
+    if denoiser.sampler in ALL_STEPS and steps not in (None, T):
+        raise InputError("steps", steps, f"use {T}: a model for the {denoiser.sampler} sampler takes all its steps")
+    if denoiser.sampler == "renoise":
+        kind = denoiser.prediction_type
+        return renoise_sample(predict, fresh(), denoiser.schedule, fresh, prediction_type=kind)
     if denoiser.sampler == "stochastic":
-        if steps not in (None, T):
-            raise InputError("steps", steps, f"use {T}: a model for the stochastic sampler takes all its steps")
         return stochastic_sample(
             predict, fresh(), denoiser.schedule, guidance, fresh, prediction_type=denoiser.prediction_type, clip=clip
         )

@@ -1,6 +1,19 @@
 """Methods: what is trained against what. A method owns roles and a loss, never a loop. Importing registers ours."""
 
-from . import composite, conditional, dash, encoder, fitnets, gap, guided, progressive, sfddm, single_head, supervised
+from . import (
+    composite,
+    conditional,
+    dash,
+    encoder,
+    fitnets,
+    gap,
+    guided,
+    progressive,
+    sfddm,
+    single_head,
+    supervised,
+    unidad,
+)
 from .base import (
     METHODS,
     Batch,
@@ -41,4 +54,5 @@ __all__ = [
     "sfddm",
     "single_head",
     "supervised",
+    "unidad",
 ]

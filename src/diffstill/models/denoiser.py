@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from ..diffusion.guidance import guide
 from ..diffusion.prediction import PredictionType, to_epsilon, to_x0
 from ..diffusion.sampling import SamplerName
 from ..diffusion.schedule import NoiseSchedule
-from .adapters import family_of
+from .adapters import family_of, unwrap
 
 
 class Denoiser:
@@ -46,15 +47,18 @@ class Denoiser:
         self._call = family_of(network).call
         self.autocast_dtype: torch.dtype | None = None
         """When set, forwards run under autocast of this dtype; outputs are float32 either way."""
+        self.exact_output = False
+        """Under autocast, whether the layer that makes the prediction computes in float32: where a clean estimate is
+        made of it at high noise, bf16's rounding of the prediction is multiplied by the ratio of noise to signal."""
         self.time_index: Tensor | None = None
-        """(T,) int64: the time input that the network knows step i by; None where that is i itself."""
+        """(T,) int64 or float32: the time input that the network knows step i by; None where that is i itself."""
         self.origin: tuple[Denoiser, Tensor] | None = None
         """Of a respaced model: the model it was made of, and (T,) int64 which of that one's steps its own are."""
         self.scale_range: tuple[float, float] | None = None
         """Of a network that takes the guidance scale as an input: the scales it knows. None: it has two branches."""
         self.sampler: SamplerName = "ddim"
         """What its steps are made for: ``stochastic`` where each reaches two steps down (guided.md 4), ``encode`` where
-        each goes up to the next noise level."""
+        each goes up to the next noise level, ``renoise`` where each ends in a clean estimate (unidad.md 2.3)."""
         self.end: tuple[Tensor, Tensor] | None = None
         """Of an encoder: the signal and noise scale, (1,) float64, where its last step ends."""
 
@@ -78,7 +82,8 @@ class Denoiser:
         given = (x_t, t, labels) if scale is None else (x_t, t, labels, scale)
         if self.autocast_dtype is None:
             return self._call(self.network, *given)
-        with torch.autocast(x_t.device.type, self.autocast_dtype):
+        exact = _exact_output(self.network) if self.exact_output else nullcontext()
+        with torch.autocast(x_t.device.type, self.autocast_dtype), exact:
             out = self._call(self.network, *given)
         return out.float()
 
@@ -145,6 +150,7 @@ class Denoiser:
         """The same schedule and vocabulary around another network (an EMA copy, a student)."""
         other = Denoiser(network, self.schedule, self.num_classes, self.sample_shape, self.prediction_type)
         other.autocast_dtype, other.time_index = self.autocast_dtype, self.time_index
+        other.exact_output = self.exact_output
         other.scale_range, other.sampler, other.end = self.scale_range, self.sampler, self.end
         if self.origin is not None:
             other.origin = self.origin[0].with_network(network), self.origin[1]
@@ -175,6 +181,27 @@ class Denoiser:
                 yield self
         finally:
             self.network.train(was)
+
+
+@contextmanager
+def _exact_output(network: nn.Module) -> Iterator[None]:
+    """The last layer of forwards inside the block in float32."""
+    inner = unwrap(network)
+    layer = family_of(inner).last(inner)
+    if layer is None:
+        yield
+        return
+
+    def again(module: nn.Module, args: Any, output: Any) -> Tensor:
+        with torch.autocast(args[0].device.type, enabled=False):
+            made: Tensor = module.forward(args[0].float())
+        return made
+
+    handle = layer.register_forward_hook(again)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

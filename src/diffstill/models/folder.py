@@ -154,13 +154,14 @@ def _travelling(denoiser: Denoiser) -> dict[str, tuple[str, str]]:
 def _write_scheduler(denoiser: Denoiser, folder: Path) -> None:
     schedule = denoiser.schedule
     if denoiser.sampler in SCHEDULERS:
-        end = {} if denoiser.end is None else {"final_alpha_cumprod": float(denoiser.end[0].square())}
+        more: dict[str, Any] = {} if denoiser.end is None else {"final_alpha_cumprod": float(denoiser.end[0].square())}
+        more |= {"clip_sample": False} if denoiser.sampler == "renoise" else {}
         own = SCHEDULERS[denoiser.sampler](
             num_train_timesteps=schedule.T,
             trained_betas=schedule.betas.tolist(),
             beta_schedule=schedule.name,
             prediction_type=denoiser.prediction_type,
-            **end,
+            **more,
         )
         own.save_pretrained(folder)
         return

@@ -22,6 +22,7 @@ from ..diffusion.sampling import SamplerName
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import InputError
 from ..pipelines.encode import EncodeScheduler
+from ..pipelines.renoise import RenoiseScheduler
 from ..pipelines.stochastic import StochasticJumpScheduler
 from .adapters import FAMILIES, family_of
 from .denoiser import Denoiser
@@ -29,7 +30,11 @@ from .lineage import Lineage, weights_sha256
 
 COMPONENTS = {"unet2d": "unet", "guided_unet2d": "unet", "unet2d_condition": "unet", "dit": "transformer"}
 """Where each family's network lies in the folder, by the adapter's name."""
-SCHEDULERS: dict[SamplerName, Any] = {"stochastic": StochasticJumpScheduler, "encode": EncodeScheduler}
+SCHEDULERS: dict[SamplerName, Any] = {
+    "stochastic": StochasticJumpScheduler,
+    "encode": EncodeScheduler,
+    "renoise": RenoiseScheduler,
+}
 """Samplers whose scheduler is ours and travels, by what ``Denoiser.sampler`` calls them."""
 WEIGHTS = "diffusion_pytorch_model"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
@@ -224,9 +229,11 @@ def _load_time_index(folder: Path, index: dict[str, Any], T: int) -> Tensor | No
     if found is None:
         return None
     steps = [found.get(str(step)) for step in range(T)] if isinstance(found, dict) else [None]
-    if not all(type(t) is int and t >= 0 for t in steps) or len(found) != T:
+    if not all(isinstance(t, (int, float)) and not isinstance(t, bool) and 0 <= t < math.inf for t in steps):
+        steps = []
+    if len(steps) != T or len(found) != T:
         raise _bad(folder, f"has a time_index that does not name its {T} steps")
-    return torch.tensor(steps)
+    return torch.tensor(steps)  # float32 where one lies between the network's own steps
 
 
 def _load_scale_range(folder: Path, index: dict[str, Any], network: Any) -> tuple[float, float] | None:

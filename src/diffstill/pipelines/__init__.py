@@ -27,10 +27,18 @@ def travelling_source(version: str) -> str:
 
 
 def component_source(module: str, version: str) -> str:
-    """The text of a component's module (``guided_unet``, ``stochastic``, ``encode``) as it lies beside its weights."""
+    """The text of a component's module (``guided_unet``, ``stochastic`` ...) as it lies beside its weights."""
     header = f"# Written by diffstill {version} (Apache-2.0).\n"
-    before = "scale" if module == "guided_unet" else "prediction"
-    return _in_one([f"diffusion/{before}.py", f"pipelines/{module}.py"], header)
+    return _in_one([*BEFORE[module], f"pipelines/{module}.py"], header)
+
+
+BEFORE = {
+    "guided_unet": ["diffusion/scale.py"],
+    "encode": ["diffusion/prediction.py"],
+    "stochastic": ["diffusion/prediction.py", "pipelines/all_steps.py"],
+    "renoise": ["diffusion/prediction.py", "pipelines/all_steps.py"],
+}
+"""What a component's module stands on, of ours."""
 
 
 def _in_one(files: Sequence[str], header: str) -> str:

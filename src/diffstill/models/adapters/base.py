@@ -30,6 +30,10 @@ def _no_stages(network: nn.Module) -> dict[str, nn.Module]:
     return {}
 
 
+def _no_last(network: nn.Module) -> None:
+    return None
+
+
 def _no_build(**kwargs: Any) -> nn.Module:
     raise TypeError("this family cannot be built from a recipe")
 
@@ -49,3 +53,8 @@ class Family:
     stages: Callable[[nn.Module], dict[str, nn.Module]] = _no_stages
     options: dict[str, Any] = field(default_factory=dict)
     """Recipe options and their defaults."""
+    taps: Callable[[nn.Module], dict[str, nn.Module]] = _no_stages
+    """The encoder's blocks and the middle one, from input to output: where a discriminator may look. After the last of
+    them the decoder follows."""
+    last: Callable[[nn.Module], nn.Module | None] = _no_last
+    """The layer that makes the prediction, whose rounding is the prediction's."""

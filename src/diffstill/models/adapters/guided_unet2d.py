@@ -45,5 +45,7 @@ GUIDED_UNET2D = Family(
     takes_scale=lambda network: True,
     build=build,
     stages=unet2d.stages,
+    taps=unet2d.taps,
+    last=unet2d.last,
     options={**unet2d.UNET2D.options, **OPTIONS},
 )

@@ -78,12 +78,31 @@ def stages(network: Any) -> dict[str, nn.Module]:
     return named
 
 
+def taps(network: Any) -> dict[str, nn.Module]:
+    """Every input block and the middle: the first convolution, each residual layer (with its attention, where it has
+    one), each downsampling, the middle."""
+    named: dict[str, nn.Module] = {"in": network.conv_in}
+    for i, block in enumerate(network.down_blocks):
+        after = list(getattr(block, "attentions", None) or block.resnets)
+        named |= {f"down.{i}.{j}": layer for j, layer in enumerate(after)}
+        named |= {f"down.{i}.down": layer for layer in (getattr(block, "downsamplers", None) or [])}
+    named["mid"] = network.mid_block
+    return named
+
+
+def last(network: Any) -> nn.Module:
+    made: nn.Module = network.conv_out
+    return made
+
+
 UNET2D = Family(
     name="unet2d",
     network_class=UNet2DModel,
     call=call,
     build=build,
     stages=stages,
+    taps=taps,
+    last=last,
     options={
         "block_out_channels": None,
         "layers_per_block": 2,

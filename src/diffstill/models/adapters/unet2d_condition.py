@@ -90,5 +90,7 @@ UNET2D_CONDITION = Family(
     takes_scale=lambda network: getattr(network, "config", {}).get("time_cond_proj_dim") is not None,
     build=build,
     stages=unet2d.stages,
+    taps=unet2d.taps,
+    last=unet2d.last,
     options={**unet2d.UNET2D.options, "time_cond_proj_dim": None},
 )

@@ -1,0 +1,442 @@
+"""Distil and adapt in one run: distribution matching towards two domains and a many-headed GAN on few images (Uni-DAD).
+
+DMD2, GAN only, distribution matching only and a frozen target teacher are settings of the same method (docs/unidad.md).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ..diffusion.adversarial import (
+    Aggregation,
+    GanLoss,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    mean_logit,
+    r1_penalty,
+)
+from ..diffusion.levels import geometric_ratios, karras_ratios, ratios, signal_and_noise, time_of
+from ..diffusion.matching import Normalizer, dual_domain, matching_gradient, tied
+from ..diffusion.prediction import to_epsilon, to_x0
+from ..diffusion.sampling import renoise_sample
+from ..diffusion.schedule import NoiseSchedule
+from ..errors import InputError
+from ..models.adapters import unwrap
+from ..models.denoiser import Denoiser
+from ..models.features import Heads, encode_features, encoder_taps, feature_shapes
+from .base import Batch, Losses, Options, Phase, PhasedMethod, RoleOptimizer, Setting, TeacherOutputs, register
+from .distillation import require_teacher
+
+LEVELS = 1000
+"""Noise levels that the losses choose from."""
+LOST = 4.0
+"""How many times the mean absolute pixel of the first images, or of white ones, a diverged student's are."""
+
+
+class UniDadOptions(Options):
+    steps: int = Field(3, ge=1, le=64, description="evaluations of the student, K")
+    sigma_max: float | None = Field(
+        None, gt=0, description="largest noise-to-signal ratio; null: by the side of the images, 10 at 8 to 80 at 64"
+    )
+    sigma_end: float = Field(0.5, gt=0, description="ratio of the student's last step")
+    sigma_min: float = Field(0.002, gt=0, description="smallest ratio of the losses")
+    times: Literal["interpolate", "nearest"] = Field(
+        "interpolate", description="time input of a ratio between the teacher's timesteps"
+    )
+    gradient: Literal["chain", "last", "random"] = Field(
+        "chain", description="through all K steps, the last one, or one at random (DMD2)"
+    )
+    target_teacher: Literal["online", "frozen", "none"] = Field(
+        "online", description="trained on the few images in the same run; a finished one (roles.target_teacher); none"
+    )
+    target_weight: float | None = Field(
+        None, ge=0, le=1, description="a: share of the target teacher in the matching; null: 0.5, or 0 without one"
+    )
+    dmd_weight: float = Field(1.0, ge=0, description="of the distribution matching; 0: none, no teacher is asked")
+    normalizer: Normalizer = Field("teacher", description="teacher, critic, noisy or none: what the direction is over")
+    guidance: float = Field(1.0, ge=0, description="guidance scale of the teachers; the critic's is 1")
+    gan: GanLoss | Literal["none"] = Field("bce", description="bce, hinge, lsgan, wgan, none")
+    aggregation: Aggregation = Field("mean", description="of the heads: mean of losses, sum of losses, mean logit")
+    gan_weight: float = Field(0.01, ge=0, description="of the GAN in the student's loss")
+    gan_share: float | None = Field(
+        None, gt=0, description="calibrate: gan_weight such that its gradient at the image is this share of matching's"
+    )
+    calibration: int = Field(20, ge=1, description="student updates that a calibration measures, at gan_weight")
+    gan_critic_weight: float = Field(0.03, ge=0, description="of the GAN in the critic's loss")
+    r1: float = Field(0.0, ge=0, description="gamma of the R1 penalty on real images")
+    gradient_penalty: float = Field(10.0, ge=0, description="of wgan")
+    taps: Literal["all", "last"] | int | tuple[str, ...] = Field(
+        "all", description="encoder blocks with a head: all, last (the middle), the last k, or names"
+    )
+    head: Literal["linear", "conv"] = Field("linear", description="linear: 1x1 convolution; conv: DMD2's")
+    pool: Literal["global", "patch"] = Field("global", description="of a head's logits")
+    denoising: Literal["epsilon", "edm"] = Field("epsilon", description="loss of critic and target teacher")
+    student_every: int = Field(5, ge=1, description="critic updates a student update")
+    target_every: int | None = Field(None, ge=1, description="steps between the target teacher's; null: student_every")
+    critic_lr_scale: float = Field(1.0, gt=0, description="learning rate of the critic over the student's")
+    heads_lr_scale: float = Field(1.0, gt=0, description="of the heads")
+    target_lr_scale: float = Field(1.0, gt=0, description="of the target teacher")
+
+    @model_validator(mode="after")
+    def _fit(self) -> UniDadOptions:
+        a = self.a
+        if self.target_teacher == "none" and a > 0:
+            raise ValueError(f"target_weight {a:g} needs a target teacher; use target_teacher: online, or 0")
+        if self.target_teacher != "none" and (a == 0 or self.dmd_weight == 0):
+            raise ValueError("the target teacher would never be asked; use target_teacher: none")
+        if self.gan == "none" and self.dmd_weight == 0:
+            raise ValueError("nothing would train the student; give dmd_weight, or a gan")
+        if self.gan_share is not None and (self.gan == "none" or self.dmd_weight == 0):
+            raise ValueError("gan_share balances the gan against the matching; leave it out without both")
+        if isinstance(self.taps, int) and self.taps < 1:
+            raise ValueError(f"taps {self.taps}: give 1 or more")
+        return self
+
+    @property
+    def a(self) -> float:
+        """Share of the target domain."""
+        if self.target_weight is not None:
+            return self.target_weight
+        return 0.0 if self.target_teacher == "none" else 0.5
+
+
+@register
+class UniDad(PhasedMethod):
+    """Roles: ``student`` (K steps), ``critic`` (scores the student's images, its encoder carries the ``heads``) and,
+    where it is online, ``target_teacher``; the source ``teacher`` is frozen. A step is a student update now and then,
+    a critic update always, and a target teacher's update beside the student's."""
+
+    name = "unidad"
+    summary = "a one- to four-step generator adapted to few images in one run; DMD2 and its kin are settings of it"
+    source = "Uni-DAD 2511.18281; DMD2 2405.14867"
+    options_class = UniDadOptions
+    teacher_needs = frozenset({"model"})
+    init = "inherit"
+    guided = False
+    copy_parts: Mapping[str, float] = {"dmd": 0.0}
+
+    teacher: Denoiser
+
+    def __init__(self, setting: Setting, options: Options) -> None:
+        super().__init__(setting, options)
+        o = self.options
+        source = require_teacher(setting, made_for=("ddim",))
+        if source.takes_scale:
+            mend = "take the model with two branches that it was distilled from"
+            raise InputError("teacher", "a model that takes the guidance scale", mend, problem="does not fit unidad")
+        self.trains_null = o.guidance != 1
+        self._times = source.time_index
+        self._range = self._levels_of(source.schedule)
+        self.teacher = self._plain(source, source.network)
+        start = setting.initial.get("student")
+        network = setting.student.network if start is None else self._trainable(start)
+        self.student = self._few_steps(network)
+        self.roles = {"student": self.student.network}
+        self.role_optimizers = {"student": RoleOptimizer()}
+        self._add_critic(setting)
+        self._target: Denoiser | None = None
+        if o.target_teacher != "none":
+            self._add_target(setting)
+        self.memory = {"norms": torch.zeros(3)}
+        """Sums over calibrating updates: squared norm of the matching's gradient at the image, of the GAN's, count."""
+        self.memory["pixel"] = torch.zeros(1)
+        """Mean absolute pixel of the first images."""
+        self._seen: dict[str, list[Tensor]] = {"norms": [], "pixel": []}
+
+    # What it is built of.
+
+    def _plain(self, like: Denoiser, network: nn.Module) -> Denoiser:
+        """A model that is asked at any noise level."""
+        made = Denoiser(network, like.schedule, like.num_classes, like.sample_shape, like.prediction_type)
+        made.exact_output = True
+        return made
+
+    def _trainable(self, start: Denoiser) -> nn.Module:
+        """A copy of a model's network to be trained."""
+        return copy.deepcopy(unwrap(start.network)).requires_grad_(True).train()
+
+    def _copy(self, setting: Setting, role: str) -> Denoiser:
+        """A trainable copy of the model that a role starts from: the recipe's, else the teacher."""
+        return self._plain(self.teacher, self._trainable(setting.initial.get(role, self.teacher)))
+
+    def _add_critic(self, setting: Setting) -> None:
+        o = self.options
+        self.critic = self._copy(setting, "critic")
+        self.roles["critic"] = self.critic.network
+        self.role_optimizers["critic"] = RoleOptimizer(lr_scale=o.critic_lr_scale, ema=False)
+        if o.gan == "none":
+            return
+        self._taps = self._chosen_taps()
+        self.roles["heads"] = Heads(feature_shapes(self.critic, self._taps), o.head, o.pool)
+        self.role_optimizers["heads"] = RoleOptimizer(lr_scale=o.heads_lr_scale, ema=False)
+
+    def _add_target(self, setting: Setting) -> None:
+        o = self.options
+        if o.target_teacher == "frozen" and "target_teacher" not in setting.initial:
+            mend = "name the finished model: roles.target_teacher"
+            raise InputError("method.target_teacher", "frozen", mend, problem="has no model")
+        self._target = self._copy(setting, "target_teacher")
+        if o.target_teacher == "frozen":
+            self.frozen["target_teacher"] = self._target.freeze().network
+            return
+        self.roles["target_teacher"] = self._target.network
+        self.role_optimizers["target_teacher"] = RoleOptimizer(lr_scale=o.target_lr_scale, ema=False)
+
+    def _chosen_taps(self) -> tuple[str, ...]:
+        known, asked = tuple(encoder_taps(self.critic.network)), self.options.taps
+        if not known:
+            mend = "use a teacher of the unet2d family, or gan: none"
+            raise InputError(
+                "method.gan", self.options.gan, mend, problem="needs an encoder, which this network has not"
+            )
+        if asked == "all":
+            return known
+        if asked == "last" or isinstance(asked, int):
+            return known[-1:] if asked == "last" else known[-min(asked, len(known)) :]
+        for name in asked:
+            if name not in known:
+                raise InputError("method.taps", name, f"use of {', '.join(known)}")
+        return tuple(name for name in known if name in asked)
+
+    def _levels_of(self, schedule: NoiseSchedule) -> tuple[float, float]:
+        """Smallest and largest ratio: the options', within what the teacher knows."""
+        o = self.options
+        side = min(self.student.sample_shape[1:])
+        table = ratios(schedule)
+        high = min(o.sigma_max or 80.0 * min(1.0, side / 64), float(table[-1]))
+        low = max(o.sigma_min, float(table[0]))
+        if not low < high or (o.steps > 1 and not low <= o.sigma_end < high):
+            known = f"{float(table[0]):.3g} to {float(table[-1]):.3g}"
+            problem = f"does not lie below sigma_max {high:g} and within the teacher's {known}"
+            raise InputError("method.sigma_end", o.sigma_end, "use 0.5, say", problem=problem)
+        return low, high
+
+    def _few_steps(self, network: nn.Module) -> Denoiser:
+        """The network as a generator of K steps, which its scheduler reproduces."""
+        o, like = self.options, self.teacher
+        chain = torch.tensor([self._range[1]], dtype=torch.float64)
+        if o.steps > 1:
+            chain = geometric_ratios(self._range[1], o.sigma_end, o.steps).flip(0)
+        schedule = NoiseSchedule.of_levels(f"geometric-{o.steps}", 1 / (1 + chain.square()))
+        made = Denoiser(network, schedule, like.num_classes, like.sample_shape, like.prediction_type)
+        made.exact_output = True
+        known = time_of(chain, like.schedule, times=self._times, nearest=o.times == "nearest")
+        made.time_index = known if o.times == "nearest" else known.float()
+        made.sampler = "renoise"
+        return made
+
+    @cached_property
+    def _levels(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(LEVELS,) each: signal and noise scale and time input of the losses' noise levels, from clean to noisy."""
+        ratio, device = karras_ratios(*self._range, LEVELS), self.critic.device
+        nearest = self.options.times == "nearest"
+        t = time_of(ratio, self.teacher.schedule, times=self._times, nearest=nearest)
+        alpha, sigma = signal_and_noise(ratio)
+        return alpha.float().to(device), sigma.float().to(device), (t if nearest else t.float()).to(device)
+
+    # What the engine asks.
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        o = self.options
+        found = [Phase("student", ("student",), o.student_every)]
+        found.append(Phase("critic", ("critic", "heads") if "heads" in self.roles else ("critic",)))
+        if "target_teacher" in self.roles:
+            found.append(Phase("target", ("target_teacher",), o.target_every or o.student_every))
+        return tuple(found)
+
+    @property
+    def student_passes(self) -> int:  # type: ignore[override]
+        """Forwards with a backward, of networks as large as the student: the chain and the critic's, in the mean."""
+        o = self.options
+        return math.ceil(o.steps / o.student_every + 2 + (o.target_teacher == "online") / o.student_every)
+
+    @property
+    def teacher_passes(self) -> int:
+        """Forwards without one: the chain's at most steps, teachers and critic now and then."""
+        return math.ceil(self.options.steps + 3 / self.options.student_every)
+
+    def denoisers(self) -> Sequence[Denoiser]:
+        return [d for d in (self.student, self.critic, self.teacher, self._target) if d is not None]
+
+    def replace_role(self, name: str, wrapped: nn.Module) -> None:
+        super().replace_role(name, wrapped)
+        if name == "critic":
+            self.critic = self.critic.with_network(wrapped)
+        elif name == "target_teacher" and self._target is not None:
+            self._target = self._target.with_network(wrapped)
+
+    def phase_loss(self, phase: str, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        if phase == "student":
+            return self.student_loss(batch)
+        if phase == "critic":
+            return self.critic_loss(batch)
+        assert self._target is not None
+        loss = self._denoising(self._target, batch.x0, batch, "target")
+        return Losses(loss, {"target": loss.detach()})
+
+    def after_update(self, phase: str) -> None:
+        """Keeps the gradient norms of calibrating student updates, and what the first images were like."""
+        if phase != "student":
+            return
+        for squared in self._seen["norms"]:
+            self.memory["norms"] += squared * self._calibrating()
+        first = torch.stack(self._seen["pixel"]).mean(0)
+        self.memory["pixel"] = torch.where(self.memory["pixel"] > 0, self.memory["pixel"], first)
+        for seen in self._seen.values():
+            seen.clear()
+
+    def fault(self, means: Mapping[str, float]) -> str | None:
+        now, first = means.get("pixel", 0.0), float(self.memory["pixel"])
+        if now <= LOST * max(1.0, first):
+            return None
+        return f"the student's images have left their range (mean absolute pixel {now:.1f}, at first {first:.1f})"
+
+    # The losses.
+
+    def unroll(self, batch: Batch) -> Tensor:
+        """The student's images (B, C, H, W), with graph where gradients are on."""
+        o, names = self.options, itertools.count()
+        last, tracked = 0, None
+        if o.gradient == "random":
+            last = int(batch.uniform("student step", whole_batch=True).item() * o.steps)
+        if o.gradient != "chain":
+            tracked = last
+        return renoise_sample(
+            lambda x, t, _: self.student(x, t, batch.labels),
+            batch.normal(f"chain {next(names)}"),
+            self.student.schedule,
+            lambda: batch.normal(f"chain {next(names)}"),
+            prediction_type=self.student.prediction_type,
+            last=last,
+            gradient_from=tracked,
+        )
+
+    def student_loss(self, batch: Batch) -> Losses:
+        """Distribution matching plus GAN; both gradients are taken at the image and sent through the chain at once."""
+        o, x = self.options, self.unroll(batch)
+        held = x.detach()
+        batch.memo["student"] = held
+        value, slope = held.new_zeros(()), torch.zeros_like(held)
+        parts = {"pixel": held.abs().mean()}
+        dmd_slope = gan_slope = None
+        if o.dmd_weight:
+            loss, dmd_slope = self.matching(held, batch)
+            value, slope = value + o.dmd_weight * loss, slope + o.dmd_weight * dmd_slope
+            parts |= {"dmd": loss, "dmd_norm": dmd_slope.norm() * len(x)}
+        if o.gan != "none":
+            leaf = held.clone().requires_grad_()
+            with torch.enable_grad():
+                loss = generator_loss(self._logits(batch, {"generator": leaf})[0], o.gan, o.aggregation)
+            (gan_slope,) = torch.autograd.grad(loss, leaf)
+            weight = self.gan_weight()
+            value, slope = value + weight * loss.detach(), slope + weight * gan_slope
+            parts |= {"gan": loss.detach(), "gan_norm": gan_slope.norm() * len(x), "gan_weight": weight}
+        if dmd_slope is not None and gan_slope is not None and o.gan_share is not None:
+            squares = (o.dmd_weight * dmd_slope).square().sum(), gan_slope.square().sum()
+            self._seen["norms"].append(torch.stack([*squares, squares[0].sign()]))
+        self._seen["pixel"].append(parts["pixel"][None])
+        return Losses(tied(x, value, slope), parts)
+
+    def gan_weight(self) -> Tensor:
+        """The weight of the GAN's loss, a scalar: the option, or once enough is measured the calibrated one."""
+        o, (dmd, gan, _) = self.options, self.memory["norms"]
+        fixed = torch.full_like(dmd, o.gan_weight)
+        if o.gan_share is None:
+            return fixed.float()
+        return torch.where(self._calibrating(), fixed, o.gan_share * (dmd / gan.clamp(min=1e-30)).sqrt()).float()
+
+    def _calibrating(self) -> Tensor:
+        # Updates whose matching gradient is zero, as the first one's is, do not count.
+        return self.memory["norms"][2] < self.options.calibration
+
+    def matching(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``(loss, its gradient in x)`` of the matching towards source and target at a fresh noise level."""
+        a = self.options.a
+        with torch.no_grad():
+            x_t, t, alpha, sigma = self._noised(x, batch, "matching", 0.02, 0.98)
+            critic = self._x0(self.critic, x_t, t, batch.labels, alpha, sigma)
+
+            def gradient(teacher: Denoiser) -> Tensor:
+                clean = self._x0(teacher, x_t, t, batch.labels, alpha, sigma, self.options.guidance)
+                return matching_gradient(x, critic, clean, self.options.normalizer, x_t=x_t, sigma=sigma)
+
+            source = gradient(self.teacher) if a < 1 else None
+            target = gradient(self._target) if a > 0 and self._target is not None else None
+            return dual_domain(a, source, target)
+
+    def critic_loss(self, batch: Batch) -> Losses:
+        """Denoising of the student's images, and telling them from real ones."""
+        o = self.options
+        fake = batch.memo.get("student")
+        if fake is None:
+            with torch.no_grad():
+                fake = self.unroll(batch)
+        denoising = self._denoising(self.critic, fake, batch, "critic")
+        total, parts = denoising, {"critic": denoising.detach()}
+        if o.gan != "none":
+            real, made = self._logits(batch, {"real": batch.x0, "fake": fake})
+            loss = discriminator_loss(real, made, o.gan, o.aggregation)
+            total, parts["gan_critic"] = total + o.gan_critic_weight * loss, loss.detach()
+            for name, penalty in self._penalties(batch, fake).items():
+                total, parts[name] = total + o.gan_critic_weight * penalty, penalty.detach()
+        return Losses(total, parts)
+
+    def _penalties(self, batch: Batch, fake: Tensor) -> dict[str, Tensor]:
+        o, found = self.options, {}
+
+        def score(x: Tensor) -> Tensor:
+            return mean_logit(self._logits(batch, {"real": x})[0])
+
+        if o.r1:
+            found["r1"] = o.r1 * r1_penalty(score, batch.x0)
+        if o.gan == "wgan" and o.gradient_penalty:
+            found["gradient_penalty"] = o.gradient_penalty * gradient_penalty(
+                score, batch.x0, fake, batch.uniform("penalty")
+            )
+        return found
+
+    def _logits(self, batch: Batch, images: Mapping[str, Tensor]) -> list[list[Tensor]]:
+        """The heads' opinion of each of some images, noised afresh; in one pass."""
+        noised = [self._noised(x, batch, name) for name, x in images.items()]
+        x_t, t = (torch.cat([each[part] for each in noised]) for part in (0, 1))
+        features = encode_features(self.critic, x_t, t, batch.labels.repeat(len(images)), self._taps)
+        heads: nn.Module = self.roles["heads"]
+        # As a judge of the student it is no role of the phase, and its distributed form must not be told of it.
+        logits = (unwrap(heads) if "generator" in images else heads)(features)
+        return [list(each) for each in zip(*(z.chunk(len(images)) for z in logits), strict=True)]
+
+    def _denoising(self, model: Denoiser, x: Tensor, batch: Batch, name: str) -> Tensor:
+        """Mean squared error of the noise estimate, or of the clean one weighted by ``ratio^-2 + 4`` (EDM)."""
+        x_t, t, alpha, sigma = self._noised(x, batch, name)
+        out = model(x_t, t, batch.labels)
+        if self.options.denoising == "edm":
+            error = to_x0(out, x_t, alpha, sigma, model.prediction_type) - x
+            weight = (alpha / sigma).square() + 4
+            return (weight * error.square()).mean()
+        return (to_epsilon(out, x_t, alpha, sigma, model.prediction_type) - batch.normal(name)).square().mean()
+
+    def _noised(
+        self, x: Tensor, batch: Batch, name: str, low: float = 0.0, high: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """``(x_t, t, alpha, sigma)`` at levels drawn from the part ``low`` to ``high`` of all."""
+        share = low + (high - low) * batch.uniform(f"level {name}")
+        chosen = (share * LEVELS).long().clamp(max=LEVELS - 1)
+        alphas, sigmas, times = self._levels
+        alpha, sigma = (table[chosen].view(-1, *[1] * (x.ndim - 1)) for table in (alphas, sigmas))
+        return alpha * x + sigma * batch.normal(name), times[chosen], alpha, sigma
+
+    def _x0(
+        self, model: Denoiser, x_t: Tensor, t: Tensor, labels: Tensor, alpha: Tensor, sigma: Tensor, scale: float = 1.0
+    ) -> Tensor:
+        return to_x0(model.guided(x_t, t, labels, scale), x_t, alpha, sigma, model.prediction_type)
