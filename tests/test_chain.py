@@ -214,7 +214,7 @@ def test_weights_that_were_changed_by_hand_are_not_built_upon(
         ),
         (
             {"a": {"recipe": "digits-teacher-v", "overrides": {"seed": 3}}},
-            "stages.a: overrides.seed: the chain itself says that, for all its stages",
+            "stages.a: overrides.seed: the chain itself says that, or the stage beside its recipe",
         ),
         (
             {"a": {"recipe": "digits-teacher-v", "last_rounds_factor": 3}},

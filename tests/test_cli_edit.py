@@ -205,7 +205,7 @@ BAD = [
     (["consistency", STUDENT, "--teacher", TEACHER, "--guidance", "loud"], "guidance"),
     (["consistency", STUDENT, "--teacher", TEACHER, "--data", "nowhere"], "data.source"),
     (["consistency", STUDENT, "--teacher", TEACHER, "--out", "c.gif"], "name a .png file"),
-    (["consistency", RANDOM, "--teacher", TEACHER], "method.sampler=deterministic"),
+    (["consistency", RANDOM, "--teacher", TEACHER], "takes random steps"),
     (["consistency", STUDENT, "--teacher", RANDOM], "teacher: "),
     (["interpolate", STUDENT, "--frames", "1"], "frames: 1"),
     (["interpolate", STUDENT, "--pairs", "0"], "pairs: 0"),

@@ -21,6 +21,8 @@ from .steps import noising_kernel
 ClipMode = Literal["recompute", "paper", "none"]
 """After clipping x0 to [-1, 1]: recompute eps from it (default, D23), keep the old eps (as released), or no clip."""
 SamplerName = Literal["ddim", "stochastic", "encode", "renoise"]
+ALL_STEPS: tuple[SamplerName, ...] = ("stochastic", "renoise")
+"""Samplers of random steps, whose models are sampled in all of them or not at all."""
 
 Predict = Callable[[Tensor, Tensor, float], Tensor]
 """``(x_t, t, scale) -> prediction`` guided at that scale; t is (B,) int64."""

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..data.dataset import ImageData, to_float
 from ..diffusion.guidance import Constant, GuidanceSchedule
-from ..diffusion.sampling import ClipMode, ddim_encode, ddim_sample, estimate, level
+from ..diffusion.sampling import ALL_STEPS, ClipMode, ddim_encode, ddim_sample, estimate, level
 from ..diffusion.schedule import spaced_indices
 from ..errors import InputError
 from ..models.denoiser import Denoiser
@@ -35,9 +35,10 @@ def encode(
     def predict(x: Tensor, t: Tensor, scale: float) -> Tensor:
         return denoiser.guided(x, t, labels, scale)
 
-    if denoiser.sampler == "stochastic":
+    if denoiser.sampler in ALL_STEPS:
         mend = "use a model for deterministic sampling"
-        raise InputError("model", "this one", mend, problem="is made for the stochastic sampler and cannot encode")
+        problem = f"is made for the {denoiser.sampler} sampler and cannot encode"
+        raise InputError("model", "this one", mend, problem=problem)
     if denoiser.sampler == "encode":
         if steps not in (None, T):
             raise InputError("steps", steps, f"use {T}: an encoder takes all its steps")

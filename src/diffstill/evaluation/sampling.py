@@ -9,12 +9,17 @@ from torch import Tensor
 
 from ..data.dataset import to_uint8
 from ..diffusion.guidance import Constant, GuidanceSchedule
-from ..diffusion.sampling import ClipMode, Noise, ddim_sample, noise_source, renoise_sample, stochastic_sample
+from ..diffusion.sampling import (
+    ALL_STEPS,
+    ClipMode,
+    Noise,
+    ddim_sample,
+    noise_source,
+    renoise_sample,
+    stochastic_sample,
+)
 from ..errors import InputError
 from ..models.denoiser import Denoiser
-
-ALL_STEPS = ("stochastic", "renoise")
-"""Samplers of models that are sampled in all of their steps or not at all."""
 
 
 def sample_images(

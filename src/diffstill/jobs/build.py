@@ -159,6 +159,31 @@ def as_teacher(loaded: LoadedModel, name: str = "teacher") -> Teacher:
     return Teacher(denoiser, curriculum, loaded.lineage, loaded.folder, name, loaded.guided)
 
 
+def open_roles(roles: Mapping[str, str]) -> dict[str, Denoiser]:
+    """Role -> the finished model that it starts from."""
+    found = {}
+    for role, model in roles.items():
+        try:
+            found[role] = load_model(model).denoiser.freeze()
+        except InputError as error:
+            raise InputError.about(f"roles.{role}", str(error).removeprefix(f"{error.field}: ")) from None
+    return found
+
+
+def check_roles(roles: Mapping[str, Denoiser], teacher: Denoiser) -> None:
+    """What a role starts from must be a network like the teacher's.
+
+    Raises:
+        InputError: another architecture or prediction.
+    """
+    wanted = {name: value.shape for name, value in unwrap(teacher.network).state_dict().items()}
+    for role, model in roles.items():
+        mine = {name: value.shape for name, value in unwrap(model.network).state_dict().items()}
+        if mine != wanted or model.prediction_type != teacher.prediction_type:
+            mend = "use a model that was made from the teacher"
+            raise InputError(f"roles.{role}", "a model of another network", mend, problem="does not fit the teacher")
+
+
 def respaced(teacher: Teacher, spec: RespaceSpec | None) -> Teacher:
     """The teacher seen through fewer of its steps; itself where the recipe says nothing.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from .. import __version__
-from ..data.sources import DataSplits, load_data
+from ..data.sources import DataSplits
 from ..diffusion.schedule import Spacing, spaced_indices
 from ..disk import write_text
 from ..engine.runtime import Runtime
@@ -27,11 +28,11 @@ from ..models.lineage import weights_sha256
 from ..recipe import ChainRecipe, TrainRecipe, resolved
 from ..report.page import write_report
 from ..report.receipt import Receipt, TrainingSummary, environment
-from .build import as_teacher, respaced
+from .build import as_teacher, open_roles, respaced
 from .distill import train_student
 from .finish import Subject, ancestry, describe_data, draw_pictures, evaluate_subjects, evaluator_for, refresh_card
 from .stage import summarise
-from .stages import Stage, check_stages, digest, stages_of
+from .stages import Stage, StageData, check_stages, digest, stages_of
 from .train import Finished, train_teacher
 from .ui import Ui
 
@@ -140,9 +141,9 @@ def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
         InputError: stages, data or a folder that do not fit, before anything is written.
         RunFailed, Interrupted: see ``Trainer.run``; the same call goes on in the stage where it stopped.
     """
-    data = load_data(recipe.data)
-    stages = stages_of(recipe)
-    check_stages(stages, data, runtime, recipe.evaluation.guidance)
+    stages, stage_data = stages_of(recipe), StageData(recipe)
+    data = stage_data.own
+    check_stages(stages, stage_data, runtime, recipe.evaluation.guidance)
     folder = ChainFolder(out, recipe, fresh=fresh, write=runtime.is_main)
     evaluator = evaluator_for(recipe.evaluation, data, runtime)
     folder.claim()
@@ -151,11 +152,12 @@ def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
     models: dict[str, ModelEvaluation] = {}
     redone = False
     for stage in stages:
-        done[stage.name], trained = _artefact(stage, done, data, folder, runtime, ui)
+        done[stage.name], trained = _artefact(stage, done, stage_data.of(stage), folder, runtime, ui)
         models[stage.name], measured = _measured(len(models), done[stage.name], data, folder, evaluator, runtime, ui)
         redone |= trained or measured
-    for baseline in recipe.baselines:
-        strided = _strided(next(iter(done.values())), baseline.steps, baseline.spacing)
+    first, *others = done.values()
+    views = [_strided(first, baseline.steps, baseline.spacing) for baseline in recipe.baselines]
+    for strided in [*views, *_undistilled(first, others)]:
         models[strided.name], measured = _measured(len(models), strided, data, folder, evaluator, runtime, ui)
         redone |= measured
     receipt = Receipt(
@@ -196,11 +198,11 @@ def _artefact(
     if stage.recipe is None:
         loaded = load_model(stage.model or "", runtime.device)
         return _line(stage.name, loaded, loaded.lineage.method if loaded.lineage else ""), False
-    inputs = stage.inputs(data, before.sha256 if before else None)
+    inputs = _inputs(stage, done, data)
     home = folder.stage(stage.name, digest(inputs))
     found = not runtime.any(not (home / "stage.json").exists())  # of all processes: they go the same way
     if not found:
-        _train(stage, before, data, home, runtime, ui)
+        _train(stage, before, _roles(stage, done), inputs, data, home, runtime, ui)
     mark = StageMark.read(home)
     loaded = load_model(home / "model", runtime.device)
     if weights_sha256(loaded.denoiser.network) != mark.weights_sha256:
@@ -223,7 +225,28 @@ def _line(
     return Artefact(name, loaded, method, sha256, before.root, steps, summary)
 
 
-def _train(stage: Stage, before: Artefact | None, data: DataSplits, home: Path, runtime: Runtime, ui: Ui) -> None:
+def _roles(stage: Stage, done: Mapping[str, Artefact]) -> dict[str, Denoiser]:
+    """Role -> the model that it starts from."""
+    named = {role: start for role, start in stage.roles.items() if start not in done}
+    found = {role: done[start].loaded.denoiser for role, start in stage.roles.items() if start in done}
+    return found | open_roles(named)
+
+
+def _inputs(stage: Stage, done: Mapping[str, Artefact], data: DataSplits) -> dict[str, Any]:
+    teacher = done[stage.of].sha256 if stage.of is not None else None
+    return stage.inputs(data, teacher, {role: weights_sha256(m.network) for role, m in _roles(stage, done).items()})
+
+
+def _train(
+    stage: Stage,
+    before: Artefact | None,
+    roles: Mapping[str, Denoiser],
+    inputs: dict[str, Any],
+    data: DataSplits,
+    home: Path,
+    runtime: Runtime,
+    ui: Ui,
+) -> None:
     """Trains a stage in ``home`` and marks it as done, with the mark last."""
     recipe = stage.recipe
     assert recipe is not None
@@ -235,7 +258,7 @@ def _train(stage: Stage, before: Artefact | None, data: DataSplits, home: Path, 
         teacher = as_teacher(before.loaded, before.name)
         teacher.denoiser.network.to(runtime.device)
         trainer = train_student(
-            recipe, data, respaced(teacher, recipe.respace), home, home / "model", runtime, ui, name=stage.name
+            recipe, data, respaced(teacher, recipe.respace), home, home / "model", runtime, ui, stage.name, roles
         )
         summary = summarise(trainer, trainer.arms[0], stage.name, "log.jsonl")
         warnings = trainer.warnings
@@ -244,7 +267,7 @@ def _train(stage: Stage, before: Artefact | None, data: DataSplits, home: Path, 
         mark = StageMark(
             name=stage.name,
             of=stage.of,
-            inputs=stage.inputs(data, before.sha256 if before else None),
+            inputs=inputs,
             weights_sha256=weights_sha256(load_model(home / "model").denoiser.network),
             warnings=warnings,
             training=summary.model_copy(update={"curve": str(curve)}),
@@ -266,6 +289,19 @@ def _strided(first: Artefact, steps: int, spacing: Spacing) -> Artefact:
     return replace(first, name=name, loaded=replace(first.loaded, denoiser=few), summary=None, warnings=())
 
 
+def _undistilled(first: Artefact, others: Sequence[Artefact]) -> list[Artefact]:
+    """What doing nothing would give: the first model's network in the steps of each kind of few-step generator."""
+    found: dict[str, Artefact] = {}
+    for made in others:
+        model = made.loaded.denoiser
+        if model.sampler != "renoise" or made.root.network is not first.root.network:
+            continue
+        name = f"{first.name}@{model.schedule.T}-renoise"
+        view = replace(first.loaded, denoiser=model.with_network(first.loaded.denoiser.network), guided=False)
+        found.setdefault(name, replace(first, name=name, loaded=view, summary=None, warnings=()))
+    return list(found.values())
+
+
 def _measured(
     place: int,
     made: Artefact,
@@ -284,7 +320,7 @@ def _measured(
     T = model.schedule.T
     steps = min(evaluator.settings.steps, T) if model.sampler == "ddim" else T
     against = None
-    if model.network is not made.root.network:
+    if model.sampler != "renoise" and model.network is not made.root.network:
         same = model.schedule.T == made.root.schedule.T
         against = made.root if same else made.root.respaced(made.steps.tolist())
     key = digest(_measurement(made, data, evaluator, runtime) | {"steps": steps})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +24,16 @@ from .build import (
     build_method,
     build_student,
     check_data,
+    check_roles,
     check_run,
     check_scales,
     check_steps,
+    open_roles,
     open_teacher,
     probe_data,
     respaced,
 )
-from .finish import Subject, evaluator_for, finish_run, teacher_subjects
+from .finish import Subject, evaluator_for, few_steps_subjects, finish_run, teacher_subjects
 from .folder import RunFolder
 from .stage import Planned, run_stage, summarise
 from .train import Finished, save_trained, train_teacher
@@ -76,15 +79,24 @@ def inputs_of(recipe: DistillRecipe, data: DataSplits, teacher: Teacher) -> dict
     """What the recipe only names, for the run folder's identity: the data, and the teacher's recipe or weights."""
     upstream = teacher_recipe(recipe)
     named = {"recipe": resolved(upstream)} if upstream else {"weights": weights_sha256(teacher.denoiser.network)}
-    return {"data": data.fingerprint(), "teacher": named}
+    roles = {role: weights_sha256(model.network) for role, model in open_roles(recipe.roles).items()}
+    return {"data": data.fingerprint(), "teacher": named} | ({"roles": roles} if roles else {})
 
 
-def prepare_student(recipe: DistillRecipe, data: DataSplits, teacher: Teacher) -> tuple[Denoiser, Method]:
+def prepare_student(
+    recipe: DistillRecipe, data: DataSplits, teacher: Teacher, initial: Mapping[str, Denoiser] | None = None
+) -> tuple[Denoiser, Method]:
     """Student and method. What can be refused (shapes, widths, schedules, options) is refused here, before a teacher is
-    trained or a file is written."""
+    trained or a file is written.
+
+    Args:
+        initial: role -> the model that it starts from; None: those that the recipe names.
+    """
     check_data(data, teacher.denoiser)
     student = build_student(recipe.student, recipe.method, teacher.denoiser, recipe.seed)
-    setting = Setting(student, teacher.denoiser, teacher.curriculum)
+    roles = open_roles(recipe.roles) if initial is None else initial
+    check_roles(roles, teacher.denoiser)
+    setting = Setting(student, teacher.denoiser, teacher.curriculum, roles)
     method = build_method(recipe.method, setting, recipe.seed)
     if method.teacher_needs and method.trains_null and not (teacher.guided or teacher.denoiser.takes_scale):
         mend = "leave its null branch alone (null_weight: 0), or take another method or teacher"
@@ -120,11 +132,13 @@ def train_student(
     runtime: Runtime,
     ui: Ui,
     name: str | None = None,
+    initial: Mapping[str, Denoiser] | None = None,
 ) -> Trainer:
     """Trains (or resumes, or finds finished) the recipe's student in ``work`` and saves it as ``model``.
 
     Args:
         name: of the student; None: the recipe's.
+        initial: see ``prepare_student``.
 
     Returns:
         The trainer; its first arm is the student, the others those beside it.
@@ -133,7 +147,7 @@ def train_student(
         RunFailed, Interrupted: see ``Trainer.run``.
     """
     name = name or recipe.name
-    _, method = prepare_student(recipe, data, teacher)
+    _, method = prepare_student(recipe, data, teacher, initial)
     probe = None
     if METHODS[recipe.method.name].guided:
         probe = FidelityProbe(teacher.denoiser, probe_data(data), pairs=PROBE_PAIRS, seed=recipe.seed)
@@ -201,7 +215,16 @@ def distill(
     loaded = load_model(folder.model, runtime.device)
     subjects = [
         *teacher_subjects(teacher, recipe.evaluation),
-        Subject("student", loaded.denoiser, method.name, folder.model, method.guided, against=teacher.denoiser),
+        *few_steps_subjects(loaded.denoiser, teacher),
+        Subject(
+            "student",
+            loaded.denoiser,
+            method.name,
+            folder.model,
+            method.guided,
+            against=teacher.denoiser,
+            steps=None if loaded.denoiser.sampler == "ddim" else loaded.denoiser.schedule.T,
+        ),
         *(
             Subject(o.name, o.student, o.method.name, None, o.method.guided, against=teacher.denoiser)
             for o in others

@@ -66,6 +66,14 @@ def teacher_subjects(teacher: Teacher, spec: EvaluationSpec) -> list[Subject]:
     ]
 
 
+def few_steps_subjects(student: Denoiser, teacher: Teacher) -> list[Subject]:
+    """Beside a generator of few steps what doing nothing would give: the teacher's network in the same steps."""
+    if student.sampler != "renoise":
+        return []
+    name, K = f"teacher@{student.schedule.T}-renoise", student.schedule.T
+    return [Subject(name, student.with_network(teacher.denoiser.network), "", None, guided=False, steps=K)]
+
+
 def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime) -> Evaluator:
     """The evaluator of a recipe's protocol; made before training, so that a missing extractor is said at once."""
     extractor = make_extractor(spec.extractor, data, device=runtime.device)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.dataset import to_uint8
 from ..data.sources import DataSpec, DataSplits, load_data
 from ..diffusion.guidance import GuidanceSchedule
-from ..diffusion.sampling import ClipMode, Predict, ddim_timesteps, level
+from ..diffusion.sampling import ALL_STEPS, ClipMode, Predict, ddim_timesteps, level
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import InputError, RunFailed
 from ..evaluation.encoding import decode, encode
@@ -137,8 +137,8 @@ def open_model(source: str, device: torch.device, field: str = "model", *, encod
         loaded = load_model(source, device)
     except InputError as error:
         raise renamed(error, field) from None
-    if loaded.denoiser.sampler == "stochastic":
-        mend = "give one that was trained with method.sampler=deterministic"
+    if loaded.denoiser.sampler in ALL_STEPS:
+        mend = "give one of deterministic steps: its teacher, say"
         raise InputError(field, source, mend, problem="takes random steps, and this needs deterministic ones")
     if loaded.denoiser.sampler == "encode" and not encoders:
         mend = "give a model that draws images; transfer takes it as the model to encode with"

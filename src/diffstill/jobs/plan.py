@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..data.sources import DataSplits, load_data
+from ..data.sources import load_data
 from ..engine.runtime import Runtime
 from ..engine.settings import TrainSettings
 from ..evaluation.cost import TrainingForecast, predict_cost
@@ -15,7 +15,7 @@ from ..models.denoiser import Denoiser
 from ..recipe import AnyRecipe, ArmSpec, ChainRecipe, TrainRecipe, resolved, to_yaml
 from .build import build_arm, build_denoiser, build_method, check_run
 from .distill import blank_teacher, prepare_student, teacher_recipe
-from .stages import check_stages, stages_of
+from .stages import StageData, check_stages, stages_of
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ def plan(recipe: AnyRecipe, runtime: Runtime, arms: Mapping[str, ArmSpec] | None
     Args:
         arms: of an arena; each is forecast by itself.
     """
-    data = load_data(recipe.data)
     if isinstance(recipe, ChainRecipe):
-        return Plan(recipe, _plan_chain(recipe, data, runtime))
+        return Plan(recipe, _plan_chain(recipe, runtime))
+    data = load_data(recipe.data)
     settings = recipe.training
     if isinstance(recipe, TrainRecipe):
         denoiser = build_denoiser(
@@ -89,9 +89,9 @@ def plan(recipe: AnyRecipe, runtime: Runtime, arms: Mapping[str, ArmSpec] | None
     return Plan(recipe, forecasts)
 
 
-def _plan_chain(recipe: ChainRecipe, data: DataSplits, runtime: Runtime) -> dict[str, tuple[TrainingForecast, int]]:
+def _plan_chain(recipe: ChainRecipe, runtime: Runtime) -> dict[str, tuple[TrainingForecast, int]]:
     stages = stages_of(recipe)
-    blanks = check_stages(stages, data, runtime)
+    blanks = check_stages(stages, StageData(recipe), runtime)
     found = {}
     for stage in stages:
         method = blanks[stage.name].method

@@ -6,19 +6,29 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from ..data.sources import DataSplits
+from ..data.sources import DataSplits, load_data
 from ..engine.runtime import Runtime
 from ..errors import InputError
 from ..methods import METHODS, Method, Setting
 from ..recipe import ChainRecipe, DistillRecipe, StageSpec, TrainRecipe, load_recipe, parse_recipe, resolved
-from .build import Teacher, build_denoiser, build_method, check_data, check_run, check_scales, open_teacher, respaced
+from .build import (
+    Teacher,
+    build_denoiser,
+    build_method,
+    check_data,
+    check_run,
+    check_scales,
+    open_roles,
+    open_teacher,
+    respaced,
+)
 from .distill import prepare_student
 
-UNHASHED = ("name", "description", "device", "evaluation", "teacher", "arena")
-"""Parts of a stage's recipe that its weights do not depend on (the teacher counts by its own)."""
+UNHASHED = ("name", "description", "device", "evaluation", "teacher", "roles", "arena")
+"""Parts of a stage's recipe that its weights do not depend on (teacher and roles count by their own)."""
 SHORT = 2
 """Rounds of so few steps or fewer are the last ones, which are longer."""
 
@@ -31,12 +41,20 @@ class Stage:
     recipe: TrainRecipe | DistillRecipe | None
     of: str | None = None
     model: str | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+    """Role -> the earlier stage, or the finished model, that it starts from."""
 
-    def inputs(self, data: DataSplits, teacher_sha256: str | None) -> dict[str, Any]:
-        """All that its weights are a function of."""
+    def inputs(self, data: DataSplits, teacher_sha256: str | None, roles: Mapping[str, str]) -> dict[str, Any]:
+        """All that its weights are a function of.
+
+        Args:
+            data: its own.
+            roles: role -> hash of the weights that it starts from.
+        """
         assert self.recipe is not None
         kept = {key: value for key, value in resolved(self.recipe).items() if key not in UNHASHED}
-        return {"recipe": kept, "data": data.fingerprint(), "teacher": teacher_sha256}
+        started = {"roles": dict(roles)} if roles else {}
+        return {"recipe": kept, "data": data.fingerprint(), "teacher": teacher_sha256} | started
 
 
 def digest(inputs: Mapping[str, Any]) -> str:
@@ -98,14 +116,19 @@ def _stage(recipe: ChainRecipe, name: str, spec: StageSpec, overrides: dict[str,
             problem = "trains from data alone"
             raise InputError(f"{field}.of", spec.of, f"remove it: {spec.recipe} has no teacher", problem=problem)
         of = None
+        if spec.roles:
+            raise InputError(f"{field}.roles", dict(spec.roles), "remove them", problem="are for stages with a teacher")
     elif of is None:
         mend = "begin with a recipe of kind train, or with model: a finished one"
         raise InputError(f"{field}.recipe", spec.recipe, mend, problem="needs a teacher, and no stage comes before")
     else:
         placed |= {"teacher": {"model": f"stage {of}", "recipe": None, "overrides": {}}, "beside": {}, "arena": {}}
+        placed |= {"roles": dict(spec.roles)}
+    if spec.data is not None:
+        placed["data"] = spec.data.model_dump(mode="json")
     made = parse_recipe({**resolved(base), **placed, "name": name})
     assert not isinstance(made, ChainRecipe)
-    return Stage(name, made, of)
+    return Stage(name, made, of, roles=spec.roles)
 
 
 @dataclass(frozen=True)
@@ -116,8 +139,36 @@ class Blank:
     method: Method | None = None
 
 
+class StageData:
+    """The data of a chain's stages, each read once.
+
+    Args:
+        own: the chain's.
+    """
+
+    def __init__(self, recipe: ChainRecipe) -> None:
+        self.own = load_data(recipe.data)
+        self._read = {recipe.data.model_dump_json(): self.own}
+
+    def of(self, stage: Stage) -> DataSplits:
+        """What a stage is trained on.
+
+        Raises:
+            InputError: data that cannot be read, under the stage's name.
+        """
+        if stage.recipe is None:
+            return self.own
+        key = stage.recipe.data.model_dump_json()
+        if key not in self._read:
+            try:
+                self._read[key] = load_data(stage.recipe.data)
+            except InputError as error:
+                raise InputError.about(f"stages.{stage.name}", str(error)) from None
+        return self._read[key]
+
+
 def check_stages(
-    stages: list[Stage], data: DataSplits, runtime: Runtime, guidance: Sequence[str] = ()
+    stages: list[Stage], data: StageData, runtime: Runtime, guidance: Sequence[str] = ()
 ) -> dict[str, Blank]:
     """Builds every stage's networks, untrained, and refuses what would be refused hours later.
 
@@ -129,19 +180,18 @@ def check_stages(
         try:
             if stage.recipe is None:
                 found[stage.name] = Blank(open_teacher(stage.model or "", stage.name))
-                check_data(data, found[stage.name].model.denoiser)
+                check_data(data.own, found[stage.name].model.denoiser)
                 check_scales(found[stage.name].model.denoiser, guidance, "evaluation.guidance")
             else:
-                found[stage.name] = _blank(stage.name, stage.recipe, stage.of, data, found, runtime)
+                found[stage.name] = _blank(stage, stage.recipe, data.of(stage), found, runtime)
         except InputError as error:
             raise InputError.about(f"stages.{stage.name}", str(error)) from None
     return found
 
 
 def _blank(
-    name: str,
+    stage: Stage,
     recipe: TrainRecipe | DistillRecipe,
-    of: str | None,
     data: DataSplits,
     known: Mapping[str, Blank],
     runtime: Runtime,
@@ -152,10 +202,14 @@ def _blank(
         )
         method = build_method(recipe.method, Setting(denoiser), recipe.seed)
     else:
-        _, method = prepare_student(recipe, data, respaced(known[of or ""].model, recipe.respace))
+        roles = {
+            role: known[start].model.denoiser if start in known else open_roles({role: start})[role]
+            for role, start in stage.roles.items()
+        }
+        _, method = prepare_student(recipe, data, respaced(known[stage.of or ""].model, recipe.respace), roles)
     # The chain's protocol counts, not the recipe's own number of sampling steps.
     check_run(recipe, max(method.schedule.T, recipe.evaluation.steps), runtime)
     # The next stage's teacher is read back from its folder, where it is a model of its own steps.
     student = method.student.with_network(copy.deepcopy(method.student.network))
     student.origin = None
-    return Blank(Teacher(student.freeze(), method.curriculum, None, None, name, method.guided), method)
+    return Blank(Teacher(student.freeze(), method.curriculum, None, None, stage.name, method.guided), method)

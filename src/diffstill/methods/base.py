@@ -221,6 +221,8 @@ class Method(ABC):
     """True for methods that make a student of fewer steps: their recipes say which (``respace``)."""
     spacing: ClassVar[Spacing] = "trailing"
     """Of the steps in the rounds of a chain: what the method's steps start from."""
+    starts: ClassVar[tuple[str, ...]] = ()
+    """Roles that may start from a model of their own (``roles`` in a recipe) instead of the teacher's."""
     init: ClassVar[str] = "fresh"
     """How the student starts unless the recipe says otherwise: ``fresh``, ``inherit`` or ``magnitude``."""
 

@@ -122,6 +122,7 @@ class UniDad(PhasedMethod):
     options_class = UniDadOptions
     teacher_needs = frozenset({"model"})
     init = "inherit"
+    starts = ("student", "critic", "target_teacher")
     guided = False
     copy_parts: Mapping[str, float] = {"dmd": 0.0}
 

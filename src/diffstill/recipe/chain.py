@@ -12,7 +12,7 @@ from ..data.sources import DataSpec
 from ..diffusion.schedule import Spacing
 from .schema import NAME, EvaluationSpec, Section
 
-CHAINS_OWN = ("kind", "name", "seed", "device", "data", "teacher", "beside", "arena", "evaluation")
+CHAINS_OWN = ("kind", "name", "seed", "device", "data", "teacher", "roles", "beside", "arena", "evaluation")
 """Parts of a recipe that a stage cannot override."""
 
 
@@ -23,6 +23,10 @@ class StageSpec(Section):
     model: str | None = Field(None, description="instead of a recipe: a finished model, a folder or hub id")
     overrides: dict[str, Any] = Field({}, description="dotted overrides of that recipe")
     of: str | None = Field(None, description="the stage whose model is the teacher; null: the one before")
+    data: DataSpec | None = Field(None, description="what it is trained on; null: the chain's data")
+    roles: dict[str, str] = Field(
+        {}, description="role -> the earlier stage, or finished model, that it starts from instead of the teacher"
+    )
     rounds: tuple[int, ...] = Field((), description="steps of the student, a stage each: 8, 4, 2, 1")
     start: int | None = Field(
         None, ge=1, description="steps that the first round's teacher is seen with; null: twice the first round's"
@@ -40,11 +44,11 @@ class StageSpec(Section):
     def _one(self) -> StageSpec:
         if (self.recipe is None) == (self.model is None):
             raise ValueError("give either recipe (trained here) or model (a finished one)")
-        if self.model is not None and (self.overrides or self.of or self.rounds):
-            raise ValueError("model is a finished one: overrides, of and rounds belong to a recipe")
+        if self.model is not None and (self.overrides or self.of or self.rounds or self.data or self.roles):
+            raise ValueError("model is a finished one: overrides, of, data, roles and rounds belong to a recipe")
         for key in self.overrides:
             if key.split(".")[0] in CHAINS_OWN:
-                raise ValueError(f"overrides.{key}: the chain itself says that, for all its stages")
+                raise ValueError(f"overrides.{key}: the chain itself says that, or the stage beside its recipe")
         if not self.rounds and self.last_rounds_factor != 2:
             raise ValueError("last_rounds_factor is for rounds; set training.images in overrides instead")
         if self.start is not None and not self.rounds:
@@ -62,7 +66,7 @@ class BaselineSpec(Section):
 
 
 class ChainRecipe(Section):
-    """Stages one after another in one run folder, measured under one protocol."""
+    """Stages one after another in one run folder, measured under one protocol on the chain's data."""
 
     kind: Literal["chain"]
     name: str = Field(pattern=NAME)

@@ -255,6 +255,9 @@ class DistillRecipe(Base):
     kind: Literal["distill"]
     teacher: TeacherSpec
     student: NetworkSpec
+    roles: dict[str, str] = Field(
+        {}, description="role -> the finished model (folder or hub id) that it starts from, instead of the teacher"
+    )
     respace: RespaceSpec | None = Field(None, description="null: the student takes the teacher's steps")
     beside: dict[str, ArmSpec] = Field(
         {}, description="students trained in the same pass and measured beside this one, not saved"
@@ -265,6 +268,11 @@ class DistillRecipe(Base):
     def _named(self) -> DistillRecipe:
         if METHODS[self.method.name].fewer_steps and self.respace is None:
             raise ValueError(f"respace: say how many steps a {self.method.name} student has, e.g. respace.steps=8")
+        for role in self.roles:
+            known = METHODS[self.method.name].starts
+            if role not in known:
+                mend = f"one of {', '.join(known)}" if known else f"leave it out: {self.method.name} has none"
+                raise ValueError(f"roles.{role}: no role that may start from a model of its own; {mend}")
         for name in (*self.beside, *self.arena.arms):
             if not re.fullmatch(NAME, name) or name in ("teacher", "strided-teacher", "student", self.name):
                 taken = f"teacher, strided-teacher, student, {self.name}"
