@@ -265,7 +265,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "latents": (
         lambda f: edit(f / "model_index.json", lambda c: c.update(vae=["diffusers", "AutoencoderKL"])),
-        "vae AutoencoderKL; give a class-conditional UNet2DModel",
+        "vae AutoencoderKL; give a UNet2DModel",
     ),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "has no complete diffusion_pytorch_model.safetensors; fetch"),
     "pickled": (pickled, "has only pickled weights (diffusion_pytorch_model.bin), which may run code; convert them"),
@@ -296,7 +296,7 @@ SPOILED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no labels": (
         without_labels,
-        "is not class-conditional; give a model with num_class_embeds",
+        "names 3 classes, and its network is unconditional",
     ),
     "class count": (
         lambda f: edit(f / "model_index.json", lambda c: c.update(num_classes=7)),

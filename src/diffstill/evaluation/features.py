@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import to_float
+from ..data.sources import whole_source
 from ..disk import file_sha256
 from ..errors import InputError
 from ..models.lineage import weights_sha256
@@ -43,10 +44,14 @@ class Extractor(Protocol):
 
 
 class ClassifierExtractor:
-    """Penultimate features (64) of the classifier trained on the data set; distances are named ``FD-<data set>``."""
+    """Penultimate features (64) of the classifier trained on the data set; distances are named ``FD-<data set>``.
 
-    def __init__(self, trained: Trained, name: str, device: torch.device) -> None:
-        self._network, self._device = trained.network.to(device), device
+    Args:
+        classifies: False where labels mean something else than they did in its training.
+    """
+
+    def __init__(self, trained: Trained, name: str, device: torch.device, *, classifies: bool = True) -> None:
+        self._network, self._device, self._classifies = trained.network.to(device), device, classifies
         self.info = ExtractorInfo(
             name=f"FD-{name}", sha256=weights_sha256(trained.network), dim=FEATURES, accuracy=trained.accuracy
         )
@@ -57,7 +62,7 @@ class ClassifierExtractor:
 
     @torch.no_grad()
     def classify(self, images: Tensor) -> Tensor | None:
-        return self._network(to_float(images.to(self._device))).cpu()
+        return self._network(to_float(images.to(self._device))).cpu() if self._classifies else None
 
 
 class InceptionExtractor:
@@ -147,7 +152,7 @@ def make_extractor(
     """An extractor from ``"classifier"``, ``"inception[:PATH]"`` or ``"torchscript:PATH"``.
 
     Args:
-        data: what the classifier is trained on; gives a sample to the others.
+        data: its whole source is what the classifier is trained on; gives a sample to the others.
         cache_dir: where trained classifiers are kept; None: ``$DIFFSTILL_CACHE`` or ``~/.cache/diffstill``.
 
     Raises:
@@ -156,7 +161,9 @@ def make_extractor(
     device = torch.device(device)
     kind, _, path = spec.partition(":")
     if kind == "classifier" and not path:
-        return ClassifierExtractor(cached_classifier(data, cache_dir or default_cache(), device), data.name, device)
+        # Of few images or some classes of a source it is trained on them all: it must know a class that is held out.
+        trained = cached_classifier(whole_source(data), cache_dir or default_cache(), device)
+        return ClassifierExtractor(trained, data.name, device, classifies=not (data.spec and data.spec.relabelled))
     if kind == "inception":
         return InceptionExtractor(Path(path).expanduser() if path else None, device)
     if kind == "torchscript" and path:

@@ -110,7 +110,9 @@ def arena(
         data=describe_data(data),
         environment=environment(runtime.device),
         protocol=evaluator.protocol,
-        teacher=session.evaluate("teacher", Subject("teacher", teacher.denoiser, "teacher", teacher.folder), None),
+        teacher=session.evaluate(
+            "teacher", Subject("teacher", teacher.denoiser, "teacher", teacher.folder, teacher.guided), None
+        ),
         arms=[
             ArenaArm(
                 name=name,
@@ -147,7 +149,9 @@ class _Session:
         self.recipe, self.data, self.path, self.runtime, self.ui = recipe, data, path, runtime, ui
         self.evaluator, self.teacher = evaluator, teacher
         self.notes: list[str] = []
-        self.probe = FidelityProbe(teacher.denoiser, probe_data(data), pairs=PROBE_PAIRS, seed=recipe.seed)
+        self.probe = None
+        if not teacher.denoiser.unconditional:
+            self.probe = FidelityProbe(teacher.denoiser, probe_data(data), pairs=PROBE_PAIRS, seed=recipe.seed)
 
     def train(self, name: str, arms: dict[str, ArmSpec], seed: int, images: dict[str, int] | None = None) -> Trainer:
         """One pass: every arm on the same stream of batches."""

@@ -79,6 +79,8 @@ def build_denoiser(
 def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed: int) -> Denoiser:
     """A student of the teacher's kind of images, fresh or with inherited weights as the recipe or the method says."""
     made = METHODS[method.name]
+    if made.scale_input:
+        _check_branches(method, made.teacher_needs, teacher)
     shape, classes = teacher.sample_shape, teacher.num_classes
     init = spec.init or made.init
     if teacher.takes_scale and not (made.scale_input or made.keeps_scale):
@@ -131,7 +133,18 @@ def build_method(spec: MethodSpec, setting: Setting, seed: int = 0) -> Method:
     """A method; what it initialises itself (a projector, say) is a pure function of ``seed``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "method"))
-        return METHODS[spec.name](setting, spec.build_options())
+        made = METHODS[spec.name](setting, spec.build_options())
+    if setting.teacher is not None:
+        _check_branches(spec, made.teacher_needs, setting.teacher)
+    return made
+
+
+def _check_branches(spec: MethodSpec, needs: frozenset[str], teacher: Denoiser) -> None:
+    """A method that learns from both branches needs a teacher that has them."""
+    if teacher.unconditional and "null" in needs:
+        mend = "use conditional or progressive, or sfddm with null_weight: 0, or a teacher of several classes"
+        problem = "needs both branches of its teacher, and this one is unconditional"
+        raise InputError("method.name", spec.name, mend, problem=problem)
 
 
 def build_arm(recipe: DistillRecipe, spec: ArmSpec, teacher: Teacher, seed: int) -> Method:

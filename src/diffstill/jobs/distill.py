@@ -149,7 +149,7 @@ def train_student(
     name = name or recipe.name
     _, method = prepare_student(recipe, data, teacher, initial)
     probe = None
-    if METHODS[recipe.method.name].guided:
+    if METHODS[recipe.method.name].guided and not teacher.denoiser.unconditional:
         probe = FidelityProbe(teacher.denoiser, probe_data(data), pairs=PROBE_PAIRS, seed=recipe.seed)
     beside = {arm: build_arm(recipe, spec, teacher, recipe.seed) for arm, spec in recipe.beside.items()}
     trainer = run_stage(

@@ -37,7 +37,8 @@ def guidance_of(text: str | None, model: LoadedModel) -> GuidanceSchedule:
     except ValueError as error:
         raise InputError("guidance", text, str(error)) from None
     if not model.guided and text is not None and text != "1":
-        raise InputError("guidance", text, "leave it out", problem="cannot be set: this model has one scale baked in")
+        why = "is unconditional" if model.denoiser.unconditional else "has one scale baked in"
+        raise InputError("guidance", text, "leave it out", problem=f"cannot be set: this model {why}")
     if model.guided:
         check_scales(model.denoiser, [str(made)], "guidance")
     return made

@@ -127,7 +127,7 @@ def train(recipe: TrainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
     folder.claim()
     runtime.barrier()
     teacher, summary = train_teacher(recipe, data, out, folder.model, runtime, ui)
-    subject = Subject("teacher", teacher.denoiser, recipe.method.name, folder.model)
+    subject = Subject("teacher", teacher.denoiser, recipe.method.name, folder.model, teacher.guided)
     receipt = finish_run(
         "train", recipe, data, folder, [subject], [summary], evaluator=evaluator, runtime=runtime, ui=ui
     )

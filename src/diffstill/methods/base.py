@@ -207,7 +207,7 @@ class Method(ABC):
     compiles: ClassVar[bool] = True
     """False where the student must not be compiled (hooks on its stages come and go)."""
     guided: bool = True
-    """False for students that have no live null branch and are sampled in one pass."""
+    """False for students that have no live null branch (those of one class among them) and are sampled in one pass."""
     trains_null: bool = True
     """False for guided students whose null branch stays as it was; may be set per instance from the options."""
     copy_parts: Mapping[str, float] = {}
@@ -234,6 +234,8 @@ class Method(ABC):
     def __init__(self, setting: Setting, options: Options) -> None:
         self.student = setting.student
         self.teacher = setting.teacher
+        if self.student.unconditional:
+            self.guided = self.trains_null = False
         self.options: Any = options
         self.roles: dict[str, nn.Module] = {"student": setting.student.network}
         self.role_optimizers: dict[str, RoleOptimizer] = {"student": RoleOptimizer()}

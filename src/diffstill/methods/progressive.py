@@ -65,7 +65,7 @@ class Progressive(Method):
         self.student.sampler = "stochastic" if o.sampler == "stochastic" else "ddim"
         self.reach = JUMP if o.sampler == "stochastic" else 1
         self._check_jumps()
-        self._both = bool(o.null_weight) and not self.teacher.takes_scale
+        self._both = bool(o.null_weight) and self.trains_null and not self.teacher.takes_scale
         self.guided = self._both or self.teacher.takes_scale
         self.trains_null, self.student_passes = self._both, 1 + self._both
         self.frozen["weights"] = TimestepWeights(self.schedule, self.student.prediction_type, o.weighting)

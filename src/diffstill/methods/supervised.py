@@ -25,7 +25,9 @@ from .curriculum import Curriculum, CurriculumOptions
 
 
 class SupervisedOptions(Options):
-    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of samples trained on the null label")
+    label_dropout: float = Field(
+        0.1, ge=0, lt=1, description="share of samples trained on the null label, where there are classes"
+    )
     dropout_unit: Literal["sample", "batch"] = Field("sample", description="batch: one coin a batch, as released (D3)")
     curriculum: CurriculumOptions = CurriculumOptions()
 
@@ -49,9 +51,11 @@ class Supervised(Method):
             self.frozen["curriculum"] = self.curriculum
 
     def loss(self, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
-        drawn = batch.uniform("label_dropout", whole_batch=self.options.dropout_unit == "batch")
-        dropped = (drawn < self.options.label_dropout).expand_as(batch.labels)
-        labels = torch.where(dropped, self.student.null_label, batch.labels)
+        labels = batch.labels
+        if not self.student.unconditional:
+            drawn = batch.uniform("label_dropout", whole_batch=self.options.dropout_unit == "batch")
+            dropped = (drawn < self.options.label_dropout).expand_as(labels)
+            labels = torch.where(dropped, self.student.null_label, labels)
         alpha, sigma = self.schedule.at(batch.t, batch.x0.ndim)
         wanted = target(batch.x0, batch.noise, alpha, sigma, self.student.prediction_type)
         error = per_sample_mse(self.student(batch.x_t, batch.t, labels), wanted)

@@ -55,6 +55,7 @@ def _facts(folder: Path) -> dict[str, Any]:
         "num_classes": index["num_classes"],
         "class_names": ", ".join(names.values()) if len(names) <= 100 else "",
         "example_labels": list(range(min(4, index["num_classes"]))),
+        "unconditional": index["num_classes"] == 1 and not index["guided"],
         "guided": index["guided"],
         "default_guidance": index["default_guidance"],
         "scales": index.get("guidance_range"),

@@ -17,7 +17,7 @@ from .adapters import family_of, unwrap
 
 
 class Denoiser:
-    """A class-conditional denoiser.
+    """A class-conditional denoiser, or an unconditional one of one class.
 
     Labels are 0..num_classes-1; ``null_label`` (= num_classes) is the extra row that stands for "no class".
     The wrapper is no ``nn.Module`` on purpose: it owns no parameters, so replacing ``network`` by its DDP or
@@ -65,6 +65,11 @@ class Denoiser:
     @property
     def null_label(self) -> int:
         return self.num_classes
+
+    @property
+    def unconditional(self) -> bool:
+        """Whether there is one class: labels say nothing, there is no null branch and no guidance."""
+        return self.num_classes == 1
 
     @property
     def device(self) -> torch.device:

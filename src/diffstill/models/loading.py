@@ -25,6 +25,7 @@ from ..pipelines.encode import EncodeScheduler
 from ..pipelines.renoise import RenoiseScheduler
 from ..pipelines.stochastic import StochasticJumpScheduler
 from .adapters import FAMILIES, family_of
+from .adapters.unet2d import UNET2D
 from .denoiser import Denoiser
 from .lineage import Lineage, weights_sha256
 
@@ -59,7 +60,8 @@ class LoadedModel:
 def load_model(source: str | Path, device: str | torch.device = "cpu", *, has_null: bool = True) -> LoadedModel:
     """Loads a model folder, or a hub id ``owner/name``; strictly: every weight must be there, fit and be finite.
 
-    A plain diffusers folder with a class-conditional ``UNet2DModel`` or a pixel ``DiTTransformer2DModel`` loads too.
+    A plain diffusers folder with a ``UNet2DModel`` or a class-conditional pixel ``DiTTransformer2DModel`` loads too. An
+    unconditional one has one class; of a learned variance the mean alone is used.
 
     Args:
         source: a folder with ``model_index.json``, or a hub id.
@@ -79,6 +81,8 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", *, has_nu
     lineage = _load_lineage(folder, network)
     tensors, meta = _load_curriculum(folder, schedule)
     named = index.get("id2label") or {}
+    if num_classes == 1:
+        named = {"0": "image", **named}
     names = tuple(str(named.get(str(number), number)) for number in range(num_classes))
     default = str(index.get("default_guidance", "2" if guided else "1"))
     denoiser = Denoiser(_moved(network, device).eval(), schedule, num_classes, shape, prediction_type)
@@ -144,7 +148,7 @@ def _load_network(folder: Path, index: dict[str, Any]) -> Any:
     found = list(known)
     if len(found) != 1 or set(parts) - {found[0], "scheduler"}:
         held = ", ".join(f"{name} {value}" for name, value in parts.items()) or "no component"
-        mend = "give a class-conditional UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel on pixels"
+        mend = "give a UNet2DModel, or a class-conditional UNet2DConditionModel or DiTTransformer2DModel on pixels"
         raise _bad(folder, f"holds {held}", mend)
     part = found[0]
     state = _load_weights(folder / part)
@@ -214,6 +218,14 @@ def _classes(folder: Path, index: dict[str, Any], network: Any, has_null: bool) 
     """Number of real classes, and whether there is a live null branch."""
     config = network.config
     rows = config.get("num_class_embeds") or (config.get("num_embeds_ada_norm") or -1) + 1
+    if (
+        rows == 0
+        and config.get("class_embed_type") is None
+        and (family_of(network) is UNET2D or "num_classes" in index)
+    ):
+        if index.get("num_classes", 1) != 1 or index.get("guided", False):
+            raise _bad(folder, f"names {index.get('num_classes')} classes, and its network is unconditional")
+        return 1, False
     if rows < 2:
         raise _bad(folder, "is not class-conditional", "give a model with num_class_embeds")
     if "num_classes" not in index:
@@ -263,8 +275,9 @@ def _component(index: dict[str, Any], name: str) -> str:
 def _sample_shape(folder: Path, network: Any) -> tuple[int, int, int]:
     config = network.config
     size = config.sample_size
-    if size is None or config.out_channels not in (None, config.in_channels):
-        mend = "give one with a sample_size and as many out_channels as in_channels (no learned variance)"
+    outputs = (None, config.in_channels, *([2 * config.in_channels] if family_of(network) is UNET2D else []))
+    if size is None or config.out_channels not in outputs:
+        mend = "give one with a sample_size and as many out_channels as in_channels"
         raise _bad(folder, "has a network of another kind", mend)
     height, width = (size, size) if isinstance(size, int) else size
     return config.in_channels, height, width

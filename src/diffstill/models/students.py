@@ -347,7 +347,7 @@ def student_for_ratio(config: Mapping[str, Any], ratio: float) -> dict[str, Any]
     def count(**options: Any) -> int:
         shape = (config["in_channels"], height, width)
         with torch.device("meta"):
-            network = build(sample_shape=shape, num_classes=config["num_class_embeds"] - 1, **options)
+            network = build(sample_shape=shape, num_classes=(config["num_class_embeds"] or 2) - 1, **options)
         return sum(parameter.numel() for parameter in network.parameters())
 
     budget = count(**teacher) / ratio

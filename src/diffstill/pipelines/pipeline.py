@@ -20,7 +20,7 @@ from ..diffusion.scale import scale_features
 
 class ClassConditionalPipeline(DiffusionPipeline):
     """Samples a class-conditional ``UNet2DModel`` or ``UNet2DConditionModel`` (``unet``) or ``DiTTransformer2DModel``
-    (``transformer``) on pixels.
+    (``transformer``) on pixels, or an unconditional one, which has one class.
 
     Args:
         scheduler: any stock diffusers scheduler for discrete-time noise prediction.
@@ -60,7 +60,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.register_modules(scheduler=scheduler, unet=unet, transformer=transformer)
         if num_classes is None:
             network: Any = unet or transformer
-            num_classes = network.config.get("num_embeds_ada_norm") or network.config.num_class_embeds - 1
+            rows = network.config.get("num_class_embeds")
+            known = network.config.get("num_embeds_ada_norm") or (rows - 1 if rows else None)
+            num_classes, guided = known or 1, guided and known is not None
         self.register_to_config(
             num_classes=num_classes,
             guided=guided,
@@ -73,28 +75,30 @@ class ClassConditionalPipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        class_labels: int | str | Sequence[int | str] | torch.Tensor,
+        class_labels: int | str | Sequence[int | str] | torch.Tensor | None = None,
         guidance_scale: float | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         num_inference_steps: int | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        batch_size: int = 1,
         guidance_schedule: str | None = None,
         clip: str = "recompute",
         latents: torch.Tensor | None = None,
         callback_on_step_end: Callable[..., dict[str, Any] | None] | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
-        """Draws one image for each label.
+        """Draws one image for each label, or ``batch_size`` images of a model of one class.
 
         Args:
-            class_labels: labels 0..num_classes-1 or class names; one, a list, or a tensor.
+            class_labels: labels 0..num_classes-1 or class names; one, a list, or a tensor. None: of one class.
             guidance_scale: constant scale; 1 is purely conditional and skips the null pass. None: the model's default.
             generator: one for all images, or a list with one an image: then an image does not depend on its batch.
             num_inference_steps: steps of the scheduler, 1..num_train_timesteps; None: 50, or all where there are fewer
                 or the scheduler takes no other number.
             output_type: ``pil`` images, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W) in [0, 1], ``latent``: as sampled.
             return_dict: False gives a tuple instead of an ``ImagePipelineOutput``.
+            batch_size: how many images are drawn where no labels are given.
             guidance_schedule: a scale that depends on the timestep, instead of ``guidance_scale``: ``tag:1,4,5``
                 (s_min, s_max, beta) or ``interval:3,0.2,0.8`` (scale, and where it acts as fractions of T).
             clip: after clipping the clean-image estimate ``recompute`` the noise from it (default), keep the old one
@@ -108,6 +112,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"output_type {output_type!r} is not known; use pil, np, pt or latent")
         guidance = self._guidance(guidance_scale, guidance_schedule)
+        if class_labels is None and self.config.num_classes == 1:
+            class_labels = [0] * batch_size
         labels = torch.tensor(self.label_ids(class_labels), device=self._execution_device)
         scheduler, options = self._prepared_scheduler(num_inference_steps, clip, generator)
         x = self._start(len(labels), generator, latents) * scheduler.init_noise_sigma
@@ -122,8 +128,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def label_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor) -> list[int]:
+    def label_ids(self, class_labels: int | str | Sequence[int | str] | torch.Tensor | None) -> list[int]:
         """Label numbers of labels or class names."""
+        if class_labels is None:
+            raise ValueError(f"class_labels: give one label for each image, 0..{self.config.num_classes - 1}")
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.reshape(-1).tolist()
         wanted = [class_labels] if isinstance(class_labels, (int, str)) else list(class_labels)
@@ -215,7 +223,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if isinstance(self.unet, UNet2DConditionModel):
             return self._forward_condition(x, stamps, labels, **scale)
         if self.unet is not None:
-            return self.unet(x, stamps, class_labels=labels, **scale, return_dict=False)[0]
+            known = None if self.unet.class_embedding is None else labels
+            # Of a learned variance the mean alone, the first half, is used.
+            return self.unet(x, stamps, class_labels=known, **scale, return_dict=False)[0][:, : x.shape[1]]
         return self.transformer(x, timestep=stamps, class_labels=labels, return_dict=False)[0]
 
     def _forward_condition(

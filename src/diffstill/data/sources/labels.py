@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,9 @@ from ...errors import InputError
 from .parts import Part
 from .spec import DataSpec
 from .splits import Index
+
+UNLABELLED = "image"
+"""The one class of data that says nothing of classes."""
 
 
 def checked_labels(raw: NDArray[Any], where: str, field: str) -> NDArray[Any]:
@@ -62,6 +66,38 @@ def one_numbering(parts: Mapping[str, Part], spec: DataSpec) -> tuple[dict[str, 
             mend = "number the classes from 0, or name them all in data.class_names"
             raise InputError(_field(split), split, mend, problem=problem)
     return labels, names
+
+
+def chosen_classes(
+    labels: Mapping[str, Index], names: tuple[str, ...], spec: DataSpec
+) -> tuple[dict[str, Index], tuple[str, ...]]:
+    """Labels and names after ``data.classes`` and ``data.unlabelled``; the label of an image that is left out is -1.
+
+    Raises:
+        InputError: a name that is no class, or no class left.
+    """
+    kept = _kept(names, spec.classes)
+    number = np.full(len(names), -1, np.int64)
+    number[kept] = 0 if spec.unlabelled else np.arange(len(kept))
+    named = (UNLABELLED,) if spec.unlabelled else tuple(names[k] for k in kept)
+    return {split: number[own] for split, own in labels.items()}, named
+
+
+def _kept(names: tuple[str, ...], asked: tuple[str, ...] | None) -> list[int]:
+    if asked is None:
+        return list(range(len(names)))
+    without = asked[0].startswith("-")
+    found = []
+    for name in (word[1:] if without else word for word in asked):
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 3) or names[:10]
+            raise InputError("data.classes", name, f"use some of: {', '.join(near)}", problem="is no class of the data")
+        found.append(names.index(name))
+    if not without:
+        return found
+    if len(found) == len(names):
+        raise InputError("data.classes", list(asked), "keep one or more", problem="leaves no class")
+    return [k for k in range(len(names)) if k not in found]
 
 
 def _numbered(part: Part, train: Part, names: tuple[str, ...] | None, split: str) -> Index:

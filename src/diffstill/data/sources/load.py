@@ -7,26 +7,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ...errors import InputError
 from ..dataset import ImageData
 from .folder import open_folder
-from .labels import one_numbering
+from .labels import chosen_classes, one_numbering
 from .npz import open_npz
 from .parts import ArrayPart, BadImages, Part
 from .pixels import Looks, PixelFormat, Pixels
 from .spec import DataSpec, Location, files_of, inside, locate
-from .splits import DataSplits, Index, stratified_split, stratified_subset
+from .splits import DataSplits, Index, class_ranks, stratified_split, stratified_subset
 from .tables import open_hub, open_parquet
 
 HELD_OUT = ("val", "test")
+Plan = dict[str, dict[str, Index]]
+"""Split -> part it is read from -> positions there."""
 
 
 def load_data(spec: DataSpec, cache_dir: str | Path | None = None) -> DataSplits:
     """The images of ``spec`` in memory, as three splits of one form.
 
     Splits that the source has are kept, in its order; a missing one is carved off the training images, stratified.
-    Which image goes where follows from the labels and ``spec.split_seed`` alone.
+    Which image goes where follows from the labels and ``spec.split_seed`` alone: leaving classes or their names out
+    moves no image from one split to another. With ``shots`` all images that are not trained on are for testing.
 
     Args:
         cache_dir: where ``hub:`` downloads go; None: the default of ``datasets``.
@@ -36,12 +40,14 @@ def load_data(spec: DataSpec, cache_dir: str | Path | None = None) -> DataSplits
     """
     home = locate(spec.source, "data.source")
     parts = _open(home, spec, Path(cache_dir) if cache_dir else None)
-    labels, class_names = one_numbering(parts, spec)
-    plan = _plan(labels, spec)
+    source_labels, source_names = one_numbering(parts, spec)
+    labels, class_names = chosen_classes(source_labels, source_names, spec)
+    plan = _plan(source_labels, labels, class_names, spec)
     form = _form(parts, plan, spec)
-    title, splits, skipped = spec.name or _title(home), {}, []
+    pieces: dict[str, list[tuple[Pixels, Index]]] = {split: [] for split in plan}
+    skipped: list[str] = []
     for name, part in parts.items():
-        chosen = {split: index for split, (source, index) in plan.items() if source == name}
+        chosen = {split: where[name] for split, where in plan.items() if name in where}
         images, bad = _decoded(part, np.concatenate(list(chosen.values())), form, spec)
         skipped += list(bad.values())
         start = 0
@@ -52,10 +58,23 @@ def load_data(spec: DataSpec, cache_dir: str | Path | None = None) -> DataSplits
             start += len(index)
             if keep is not None:
                 own, numbers = own[keep], numbers[keep]
-            splits[split] = ImageData(title, split, torch.from_numpy(own), torch.from_numpy(numbers), class_names)
+            pieces[split].append((own, numbers))
+    title = spec.name or _title(home)
+    splits = {split: ImageData(title, split, *_joined(found), class_names) for split, found in pieces.items()}
     if not len(splits["train"]):
         raise InputError("data.source", spec.source, "check the files", problem="has no readable training image")
     return DataSplits(**splits, spec=spec, skipped=tuple(skipped))
+
+
+def whole_source(data: DataSplits) -> DataSplits:
+    """All images and classes of the source that ``data`` was chosen from, in the same form, by ``split_seed``; itself
+    where no class, label or image was left out (``classes``, ``unlabelled``, ``shots``)."""
+    spec = data.spec
+    if spec is None or not (spec.relabelled or data.few_shot):
+        return data
+    channels, size, _ = data.shape
+    every = {"classes": None, "unlabelled": False, "shots": None, "size": size, "channels": channels}
+    return load_data(spec.model_copy(update=every))
 
 
 def digits() -> ArrayPart:
@@ -100,26 +119,76 @@ def _open(home: Location, spec: DataSpec, cache_dir: Path | None) -> dict[str, P
     return parts
 
 
-def _plan(labels: Mapping[str, Index], spec: DataSpec) -> dict[str, tuple[str, Index]]:
-    """Split -> (part it is read from, positions there)."""
-    fractions = {s: 0.0 if s in labels else float(getattr(spec, f"{s}_fraction")) for s in HELD_OUT}
-    train, *carved = stratified_split(labels["train"], **fractions, seed=spec.split_seed)
-    plan = {"train": ("train", train)}
-    for split, positions in zip(HELD_OUT, carved, strict=True):
-        plan[split] = (split, np.arange(len(labels[split]))) if split in labels else ("train", positions)
+def _plan(
+    source: Mapping[str, Index], labels: Mapping[str, Index], class_names: tuple[str, ...], spec: DataSpec
+) -> Plan:
+    """Which image goes where.
+
+    Args:
+        source: labels of each part as the source has them; splits and ``limit`` are stratified by these.
+        labels: those after the choice of classes, -1 for images that are left out.
+    """
+    plan = _split(source, labels, spec) if spec.shots is None else _few(labels, class_names, spec.shots, spec)
     if spec.limit is not None:
-        for split, (part, index) in plan.items():
-            plan[split] = part, index[stratified_subset(labels[part][index], spec.limit, spec.split_seed)]
+        for split in plan if spec.shots is None else ("test",):
+            where = plan[split]
+            together = np.concatenate([source[part][index] for part, index in where.items()])
+            keep = np.isin(np.arange(len(together)), stratified_subset(together, spec.limit, spec.split_seed))
+            ends = np.cumsum([len(index) for index in where.values()])[:-1]
+            own = np.split(keep, ends)
+            plan[split] = {part: index[k] for (part, index), k in zip(where.items(), own, strict=True)}
     return plan
 
 
-def _form(parts: Mapping[str, Part], plan: Mapping[str, tuple[str, Index]], spec: DataSpec) -> PixelFormat:
+def _split(source: Mapping[str, Index], labels: Mapping[str, Index], spec: DataSpec) -> Plan:
+    fractions = {s: 0.0 if s in source else float(getattr(spec, f"{s}_fraction")) for s in HELD_OUT}
+    train, *carved = stratified_split(source["train"], **fractions, seed=spec.split_seed)
+    plan = {"train": {"train": train}}
+    for split, positions in zip(HELD_OUT, carved, strict=True):
+        plan[split] = {split: np.arange(len(source[split]))} if split in source else {"train": positions}
+    return {
+        split: {part: index[labels[part][index] >= 0] for part, index in where.items()} for split, where in plan.items()
+    }
+
+
+def _few(labels: Mapping[str, Index], class_names: tuple[str, ...], shots: int, spec: DataSpec) -> Plan:
+    """``shots`` images of each class to train on, from the source's training part; all others are for testing.
+
+    Raises:
+        InputError: a class of fewer images, or no image left to test on.
+    """
+    every = {part: np.flatnonzero(own >= 0) for part, own in labels.items()}
+    train = every["train"]
+    numbers = labels["train"][train]
+    counts = np.bincount(numbers, minlength=len(class_names))
+    least = int(counts.argmin())
+    if counts[least] < shots:
+        problem = f"is more than the training images of class {class_names[least]}"
+        raise InputError("data.shots", shots, f"there are {counts[least]}; ask for fewer", problem=problem)
+    few = class_ranks(numbers, spec.split_seed) < shots
+    every["train"] = train[~few]
+    if not any(len(index) for index in every.values()):
+        raise InputError("data.shots", shots, "ask for fewer", problem="leaves no image to test on")
+    return {"train": {"train": train[few]}, "val": {"train": train[:0]}, "test": every}
+
+
+def _joined(pieces: list[tuple[Pixels, Index]]) -> tuple[Tensor, Tensor]:
+    """Images and labels as tensors; those of one part stay a view."""
+    if len(pieces) == 1:
+        images, labels = pieces[0]
+    else:
+        images, labels = (np.concatenate(each) for each in zip(*pieces, strict=True))
+    return torch.from_numpy(images), torch.from_numpy(labels)
+
+
+def _form(parts: Mapping[str, Part], plan: Plan, spec: DataSpec) -> PixelFormat:
     """The one form of all splits. Images are looked at only for what the spec leaves open."""
     looks = Looks()
     if spec.size is None or spec.channels is None or spec.crop == "none":
-        for part, index in plan.values():
-            if len(index):
-                parts[part].survey(index, looks, BadImages(spec.skip_bad))
+        for where in plan.values():
+            for part, index in where.items():
+                if len(index):
+                    parts[part].survey(index, looks, BadImages(spec.skip_bad))
         if not looks.sizes:
             raise InputError("data.source", spec.source, "check the files", problem="has no readable image")
     return looks.settle(spec)

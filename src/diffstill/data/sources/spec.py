@@ -5,9 +5,9 @@ from __future__ import annotations
 import glob
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ...errors import InputError
 
@@ -35,17 +35,36 @@ class DataSpec(BaseModel):
     class_names: tuple[str, ...] | None = Field(
         None, description="names by label number; of labels that are names already, their order"
     )
+    classes: tuple[str, ...] | None = Field(
+        None, description="keep these classes, by name and in this order, or with -NAME all but these"
+    )
+    unlabelled: bool = Field(False, description="all images are of one class, called image")
+    shots: int | None = Field(
+        None,
+        description="few-shot: train on so many images a class, test on all others; val_fraction and test_fraction do "
+        "not act, and limit acts on the test split alone",
+    )
     skip_bad: bool = Field(False, description="leave unreadable images out and count them, instead of stopping")
     val_fraction: float = Field(0.1, description="of the training source, where there is no validation split")
     test_fraction: float = Field(0.2, description="of the training source, where there is no test split")
-    split_seed: int = Field(0, description="decides which images are carved off, and which `limit` keeps")
+    split_seed: int = Field(0, description="decides which images are carved off, and which `limit` and `shots` keep")
     limit: int | None = Field(None, description="images kept of each split, stratified: for smoke runs")
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _as_names(cls, value: Any) -> Any:
+        if isinstance(value, (str, int)):
+            value = [value]
+        if not isinstance(value, (list, tuple)):
+            return value
+        # Names that are numbers (digits) come out of YAML as numbers.
+        return tuple(str(name) if type(name) is int else name for name in value)
 
     @model_validator(mode="after")
     def _ranges(self) -> DataSpec:
         if not self.source.strip():
             raise InputError("data.source", self.source, HOW)
-        for field in ("size", "limit"):
+        for field in ("size", "limit", "shots"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise InputError(f"data.{field}", value, "use a whole number from 1, or leave it out")
@@ -61,7 +80,18 @@ class DataSpec(BaseModel):
         names = self.class_names
         if names is not None and (not names or len(set(names)) < len(names)):
             raise InputError("data.class_names", list(names), "give every class one name of its own")
+        if self.classes is not None:
+            if not self.classes or len(set(self.classes)) < len(self.classes):
+                raise InputError("data.classes", list(self.classes), "name one class or more, each once")
+            if len({name.startswith("-") for name in self.classes}) > 1:
+                mend = "name the classes to keep, or with - before each name those to leave out"
+                raise InputError("data.classes", list(self.classes), mend, problem="mixes the two")
         return self
+
+    @property
+    def relabelled(self) -> bool:
+        """Whether labels mean something else than in the source."""
+        return self.classes is not None or self.unlabelled
 
     @classmethod
     def parse(cls, text: str) -> DataSpec:

@@ -49,6 +49,11 @@ class DataSplits:
     def num_classes(self) -> int:
         return self.train.num_classes
 
+    @property
+    def few_shot(self) -> bool:
+        """Whether the training images are a few chosen ones, and all others are for testing (``data.shots``)."""
+        return self.spec is not None and self.spec.shots is not None
+
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) over the three splits' fingerprints and the class names."""
         return self._combined([part.fingerprint() for part in (self.train, self.val, self.test)])

@@ -22,6 +22,8 @@ def build(
     **unet: Any,
 ) -> GuidedUNet2DModel:
     """As the ``unet2d`` family builds it, with the scale beside the label."""
+    if num_classes == 1:
+        raise ValueError("images of one class have no guidance scale; use family: unet2d")
     plain = unet2d.build(sample_shape=sample_shape, num_classes=num_classes, **unet)
     return with_scale_input(plain, guidance_embed_dim=guidance_embed_dim, guidance_embed_type=guidance_embed_type)
 
@@ -35,7 +37,8 @@ def with_scale_input(plain: Any, **options: Any) -> GuidedUNet2DModel:
 
 
 def call(network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor, scale: Tensor | None = None) -> Tensor:
-    return network(x_t, t, class_labels=labels, guidance_scale=1.0 if scale is None else scale, return_dict=False)[0]
+    s = 1.0 if scale is None else scale
+    return network(x_t, t, class_labels=labels, guidance_scale=s, return_dict=False)[0][:, : x_t.shape[1]]
 
 
 GUIDED_UNET2D = Family(

@@ -1,4 +1,4 @@
-"""diffusers' ``UNet2DModel`` with class labels: the networks of DASH (dash.md 2.4)."""
+"""diffusers' ``UNet2DModel`` with class labels (the networks of DASH, dash.md 2.4) or without."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from diffusers import UNet2DModel
 from torch import Tensor, nn
 
-from .base import Family
+from .base import Family, unwrap
 
 
 def build(
@@ -23,6 +23,8 @@ def build(
     dropout: float = 0.0,
 ) -> UNet2DModel:
     """A class-conditional U-Net with the paper's details (padding, embeddings) and a null row at ``num_classes``.
+
+    One class says nothing: the network is unconditional then.
 
     ``attention_levels``: indices of the resolution levels with self-attention (0 = full resolution).
     ``attention_head_dim=None``: one head over all channels, as in the paper.
@@ -58,12 +60,15 @@ def build(
         freq_shift=1,
         dropout=dropout,
         attention_head_dim=attention_head_dim,
-        num_class_embeds=num_classes + 1,
+        num_class_embeds=num_classes + 1 if num_classes > 1 else None,
     )
 
 
 def call(network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-    return network(x_t, t, class_labels=labels, return_dict=False)[0]
+    inner: Any = unwrap(network)
+    known = None if inner.class_embedding is None else labels
+    # Of a learned variance (guided-diffusion's networks) only the mean, the first half, is used.
+    return network(x_t, t, class_labels=known, return_dict=False)[0][:, : x_t.shape[1]]
 
 
 def stages(network: Any) -> dict[str, nn.Module]:
