@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..diffusion.guidance import Constant, GuidanceSchedule, parse_guidance
-from ..diffusion.sampling import ClipMode, count_nfe
+from ..diffusion.guidance import Constant, GuidanceSchedule
+from ..diffusion.sampling import count_nfe
 from ..errors import InputError
 from ..models.denoiser import Denoiser
 from ..models.lineage import weights_sha256
 from .cost import measure_cost
+from .distances import Distance, FeatureDistance
 from .encoding import measure_encoding
 from .features import Extractor, extract
+from .few_shot import FewShotFigures, pooled, repeated
 from .frechet import FeatureStats, frechet_estimate
 from .guidance_fidelity import check_comparable, measure_fidelity
 from .intervals import mean_interval, pool, proportion
 from .neighbours import KernelDistance, Manifold, precision_recall
 from .processes import gather_rows, share
-from .results import Cost, Estimate, Fidelity, ModelEvaluation, Protocol, ScalePoint
+from .results import Cost, Estimate, FewShot, Fidelity, ModelEvaluation, Protocol, ScalePoint
 from .sampling import sample_images
+from .settings import EvalSettings
 
 if TYPE_CHECKING:
     from ..data.dataset import ImageData
@@ -31,48 +33,8 @@ if TYPE_CHECKING:
 
 Progress = Callable[[float, str], None]
 """Called with the share of the work done, 0 to 1, and a few words on what is being done."""
-
-
-@dataclass(frozen=True)
-class EvalSettings:
-    """How a model is measured; equal settings, equal protocol."""
-
-    samples: int = 1000
-    """Generated images a seed and guidance setting; distances are biased upward at small numbers, alike for all."""
-    steps: int = 50
-    guidance: tuple[str, ...] = ("1", "1.5", "2", "3", "4", "tag:1,4,5")
-    seeds: tuple[int, ...] = (0,)
-    """Sampling seeds. From three on, intervals come from their spread."""
-    pairs: int = 2000
-    """Held-out (x_t, t, y) for guidance fidelity."""
-    batch_size: int = 500
-    clip: ClipMode = "recompute"
-    neighbours: int = 3
-    """k of precision and recall."""
-    neighbour_points: int = 10_000
-    """Points a side at most for precision, recall and KID, whose cost grows with their square."""
-    bootstrap: int = 200
-    cost_batches: tuple[int, ...] = (1, 64)
-    cost_seconds: float = 4.0
-    """Time for the latency runs of one batch size; two runs are made in any case."""
-
-    def __post_init__(self) -> None:
-        least = dict.fromkeys(("steps", "pairs", "batch_size", "neighbours"), 1)
-        least |= dict.fromkeys(("samples", "neighbour_points"), 2 * (self.neighbours + 1))
-        for name, low in least.items():
-            if getattr(self, name) < low:
-                raise InputError(f"evaluation.{name}", getattr(self, name), f"use {low} or more")
-        for name in ("guidance", "seeds"):
-            if not getattr(self, name):
-                raise InputError(f"evaluation.{name}", getattr(self, name), "give at least one")
-        try:
-            self.schedules()
-        except ValueError as error:
-            raise InputError("evaluation.guidance", list(self.guidance), str(error)) from None
-
-    def schedules(self) -> list[GuidanceSchedule]:
-        """The guidance settings, parsed."""
-        return [parse_guidance(text) for text in self.guidance]
+REPLICATED = "shots-replicated"
+"""The name of what does nothing but repeat the few images."""
 
 
 class Evaluator:
@@ -82,34 +44,65 @@ class Evaluator:
     floor: what fresh images of the data itself score, in the number that the test split has. With several processes
     each samples its share of the images; all return the same results.
 
+    A model made from a few images (the training split) is measured otherwise: the reference is the test split, all
+    other images of the domain. The few are too few to be one, and a model that repeats them would look perfect. The
+    floor is the distance between two halves of the test images, and samples are looked at for diversity, copies of
+    the few, and what is left of the source domain.
+
     Args:
         data: needs a training split; without test images there is no floor and no ``fd_test``.
         extractor: on the device it is to run on. Models are evaluated on their own device.
+        few_shot: None: as the data says.
+        source: images of the domain that a few-shot model was adapted from.
+        distance: between images, for diversity and copies; None: in the extractor's features.
+
+    Raises:
+        InputError: too few images to be the reference, or a source that does not fit the data.
     """
 
-    def __init__(self, data: DataSplits, extractor: Extractor, settings: EvalSettings | None = None) -> None:
+    def __init__(
+        self,
+        data: DataSplits,
+        extractor: Extractor,
+        settings: EvalSettings | None = None,
+        *,
+        few_shot: bool | None = None,
+        source: ImageData | None = None,
+        distance: Distance | None = None,
+    ) -> None:
         self.data, self.extractor = data, extractor
         self.settings = settings or EvalSettings()
-        if len(data.train) < 2 * (self.settings.neighbours + 1):
-            raise InputError("data", f"{data.name} with {len(data.train)} training images", "use more images")
-        self._reference, self._points = self._read_reference(data.train.images)
+        few = bool(getattr(data, "few_shot", False)) if few_shot is None else few_shot
+        reference = data.test if few else data.train
+        self._check_reference(reference, source, few)
+        self._reference, self._points = self._read_reference(reference.images)
         self._manifold = Manifold(self._points, self.settings.neighbours)
         self._kernel_distance = KernelDistance(self._points)
         self._test: FeatureStats | None = None
-        floor = None
-        if len(data.test) >= 2:
-            held_out = self._features(data.test.images)
+        self.few_shot: FewShotFigures | None = None
+        floor, floor_of = None, str(Protocol.model_fields["floor_of"].default)
+        held_out = self._features(data.test.images) if len(data.test) >= 2 else None
+        if few and held_out is not None:
+            known = (source, self._read_reference(source.images)[0]) if source is not None else None
+            distance = distance or FeatureDistance(extractor)
+            self.few_shot = FewShotFigures(data.train, data.test, held_out, extractor, distance, known)
+            one, other = halves(held_out)
+            floor = frechet_estimate(one, FeatureStats.of(other))
+            floor_of = f"half of the test images against the other half, {len(one)} and {len(other)}"
+        elif held_out is not None:
             self._test, floor = FeatureStats.of(held_out), frechet_estimate(held_out, self._reference)
         self.protocol = Protocol(
             extractor=extractor.info,
-            reference=f"{data.name} train, {len(data.train)} images",
-            reference_sha256=data.train.fingerprint(),
+            reference=f"{data.name} {reference.split}, {len(reference)} images",
+            reference_sha256=reference.fingerprint(),
             samples=self.settings.samples,
             steps=self.settings.steps,
             clip=self.settings.clip,
             guidance=[str(schedule) for schedule in self.settings.schedules()],
             seeds=list(self.settings.seeds),
             floor=floor,
+            floor_of=floor_of,
+            few_shot=self.few_shot.protocol if self.few_shot else None,
         )
 
     def evaluate(
@@ -162,6 +155,23 @@ class Evaluator:
             fidelity=fidelity,
         )
 
+    def replicate(self) -> ModelEvaluation:
+        """The few images themselves, repeated to as many as a model draws, in a model's place: what a perfect memory
+        scores. A model that is not better than this row in distance *and* diversity has learnt nothing else.
+
+        Raises:
+            ValueError: the data is not few-shot.
+        """
+        if self.few_shot is None:
+            raise ValueError("only of few-shot data")
+        mine = share(self.settings.samples)
+        images = repeated(self.data.train, mine)
+        features = gather_rows(extract(self.extractor, images, self.settings.batch_size))
+        metrics = self._metrics(features, images, mine.start, self.data.num_classes)
+        point = ScalePoint(guidance="none", nfe=0, few_shot=self.few_shot.measure(images, features), **metrics)
+        sha256 = self.few_shot.protocol.shots_sha256
+        return ModelEvaluation(name=REPLICATED, sha256=sha256, guided=False, sampler="none", sweep=[point])
+
     def _encoder(
         self, denoiser: Denoiser, name: str, method: str, teacher: Denoiser | None, cost: bool
     ) -> ModelEvaluation:
@@ -197,6 +207,7 @@ class Evaluator:
         nfe = count_nfe(schedule, denoiser.schedule.T, steps, one_pass=denoiser.takes_scale)
         mine = share(self.settings.samples)
         found: dict[str, list[Estimate]] = {}
+        few: list[FewShot] = []
         for seed in self.settings.seeds:
             images = sample_images(
                 denoiser,
@@ -213,12 +224,15 @@ class Evaluator:
             meter.add(nfe * self.settings.samples)
             features = gather_rows(extract(self.extractor, images, self.settings.batch_size))
             metrics = self._metrics(features, images, mine.start, denoiser.num_classes)
+            if self.few_shot is not None:
+                few.append(self.few_shot.measure(images, features))
             if seed in anchors:
                 metrics["response"] = mean_interval((features - anchors[seed]).norm(dim=1))
             anchors.setdefault(seed, features)
             for metric, estimate in metrics.items():
                 found.setdefault(metric, []).append(estimate)
-        return ScalePoint(guidance=str(schedule), nfe=nfe, **{metric: pool(each) for metric, each in found.items()})
+        estimates = {metric: pool(each) for metric, each in found.items()}
+        return ScalePoint(guidance=str(schedule), nfe=nfe, few_shot=pooled(few) if few else None, **estimates)
 
     def _metrics(self, features: Tensor, images: Tensor, first: int, num_classes: int) -> dict[str, Estimate]:
         """The metrics of one seed: ``features`` (N, dim) of all images, ``images`` (n, C, H, W) uint8 this process's
@@ -294,6 +308,19 @@ class Evaluator:
         once = sum(count_nfe(schedule, denoiser.schedule.T, steps, one_pass=one_pass) for schedule in schedules)
         return float(once * self.settings.samples * len(self.settings.seeds))
 
+    def _check_reference(self, reference: ImageData, source: ImageData | None, few: bool) -> None:
+        if len(reference) < 2 * (self.settings.neighbours + 1):
+            word = "test" if few else "training"
+            raise InputError("data", f"{self.data.name} with {len(reference)} {word} images", "use more images")
+        if source is not None and not few:
+            mend = "leave it out, or give data.shots"
+            raise InputError("evaluation.source", source.name, mend, problem="goes with few-shot data only")
+        if source is not None and source.shape != self.data.shape:
+            mend = f"bring it to the shape of {self.data.name}, {self.data.shape}, by its size and channels"
+            raise InputError("evaluation.source", f"{source.name} {source.shape}", mend)
+        if source is not None and len(source) < 2:
+            raise InputError("evaluation.source", f"{source.name} with {len(source)} images", "use more images")
+
     def _check(self, denoiser: Denoiser, steps: int) -> None:
         if denoiser.sample_shape != self.data.shape:
             mend = f"evaluate it on data of that shape ({self.data.name} is {self.data.shape})"
@@ -303,6 +330,12 @@ class Evaluator:
             raise InputError("model.num_classes", denoiser.num_classes, mend)
         if steps > denoiser.schedule.T:
             raise InputError("evaluation.steps", steps, f"use 1..{denoiser.schedule.T}")
+
+
+def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (N, ...) in two halves, drawn once and for all: the order of the files may mean something."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return rows[order[: len(rows) // 2]], rows[order[len(rows) // 2 :]]
 
 
 class _Meter:

@@ -42,6 +42,25 @@ class ExtractorInfo(Result):
     resize: str = "none"
 
 
+class FewShotProtocol(Result):
+    """What has to be equal besides, where a model was made from a few images."""
+
+    shots: int = Field(description="images trained on")
+    shots_sha256: str
+    diversity: str = Field(description="name and version of the definition")
+    per_cluster: int = Field(description="samples a cluster that are compared, the first by index")
+    near: float = Field(description="quantile of the held-out images' distance to the shots; chance of memorised")
+    distance: str = Field(description="between images: features of an extractor, pixels, LPIPS-vgg, LPIPS-alex")
+    distance_sha256: str = ""
+    source: str | None = Field(None, description="data set, split and number of the source domain's images")
+    source_sha256: str = ""
+    selection: str = Field(
+        "none: the last weights are measured; no checkpoint, step count or default is chosen by a figure against the "
+        "test images. The best of several guidance settings is named after the fact, and looks better than it is",
+        description="what these figures were used for: never to select what they measure",
+    )
+
+
 class Protocol(Result):
     """Everything that has to be equal for two numbers to be compared."""
 
@@ -56,7 +75,26 @@ class Protocol(Result):
     labels: str = "balanced: image i has class i mod num_classes"
     seeds: list[int]
     weights: str = "ema"
-    floor: Estimate | None = Field(None, description="the distance between the training and the test images")
+    floor: Estimate | None = Field(None, description="the distance between real images, as floor_of says")
+    floor_of: str = "test images against the training images"
+    few_shot: FewShotProtocol | None = None
+
+
+class FewShot(Result):
+    """What only the few images explain: how varied samples are, whether they are copies, what was forgotten."""
+
+    diversity: Estimate = Field(description="mean distance of pairs within the clusters of the nearest shot")
+    real_diversity: Estimate = Field(description="the same of the held-out images")
+    diversity_share: Estimate = Field(description="diversity / real_diversity, the latter taken as given")
+    empty_clusters: float = Field(description="shots that are nearest to no sample, left out; mean over the seeds")
+    singleton_clusters: float = Field(description="shots that are nearest to one sample, left out as well")
+    cluster_sizes: list[int] = Field(description="samples nearest to each shot, all seeds together")
+    memorised: Estimate = Field(description="share of samples nearer to a shot than 95 % of the held-out images are")
+    nearest_ratio: Estimate = Field(description="mean distance to the nearest shot / that of the held-out images")
+    source_fd: Estimate | None = Field(None, description="Frechet distance to the source domain's images")
+    target_source_fd: Estimate | None = Field(
+        None, description="the same of the held-out images: where full adaptation arrives"
+    )
 
 
 class ScalePoint(Result):
@@ -64,7 +102,7 @@ class ScalePoint(Result):
 
     guidance: str
     nfe: int
-    fd: Estimate = Field(description="Frechet distance to the reference split, in the extractor's features")
+    fd: Estimate = Field(description="Frechet distance to the protocol's reference, in the extractor's features")
     fd_test: Estimate | None = Field(None, description="the same against the held-out test split")
     kid: Estimate | None = None
     precision: Estimate | None = None
@@ -73,6 +111,7 @@ class ScalePoint(Result):
     response: Estimate | None = Field(
         None, description="mean distance in features from the same noise and label at the sweep's first setting"
     )
+    few_shot: FewShot | None = None
 
 
 class FidelityBin(Result):
