@@ -146,7 +146,12 @@ def build_parser() -> argparse.ArgumentParser:
                        "diffstill eval runs/demo/model --teacher runs/demo/teacher",
                        out="runs/eval-RUN-MODEL")  # fmt: skip
     evaluate.add_argument("model", help="a model folder or hub id")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value", help="of the protocol: samples=5000 steps=20")
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="of the protocol: samples=5000 steps=20; of the data: data.limit=500",
+    )
     evaluate.add_argument("--teacher", default=None, help="measure guidance fidelity against this model")
     evaluate.add_argument("--data", default=None, help="digits, folder:PATH, npz:PATH, parquet:PATH or hub:NAME")
 
@@ -289,14 +294,15 @@ def _picture(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from .jobs.evaluate import evaluate, protocol_of
+    from .jobs.evaluate import evaluate, of_data, protocol_of
 
     runtime, ui = _session(arguments, "auto")
     out = arguments.out or Path("runs") / f"eval-{'-'.join(Path(arguments.model).resolve().parts[-2:])}"
+    data_overrides, overrides = of_data(arguments.overrides)
     try:
         finished = evaluate(
             arguments.model, out, runtime, ui, teacher=arguments.teacher, data=arguments.data,
-            spec=protocol_of(arguments.model, arguments.overrides),
+            data_overrides=data_overrides, spec=protocol_of(arguments.model, overrides),
         )  # fmt: skip
     finally:
         runtime.close()

@@ -30,13 +30,23 @@ from ..report.page import write_report
 from ..report.receipt import Receipt, TrainingSummary, environment
 from .build import as_teacher, open_roles, respaced
 from .distill import train_student
-from .finish import Subject, ancestry, describe_data, draw_pictures, evaluate_subjects, evaluator_for, refresh_card
+from .finish import (
+    Subject,
+    ancestry,
+    baselines_of,
+    describe_data,
+    draw_pictures,
+    draw_shots,
+    evaluate_subjects,
+    evaluator_for,
+    refresh_card,
+)
 from .stage import summarise
 from .stages import Stage, StageData, check_stages, digest, stages_of
 from .train import Finished, train_teacher
 from .ui import Ui
 
-TOLD = ("recipe", "data", "protocol", "models", "lineage", "training", "warnings")
+TOLD = ("recipe", "data", "protocol", "models", "baselines", "lineage", "training", "warnings")
 """Parts of a receipt that are the same where nothing has changed."""
 
 
@@ -169,10 +179,13 @@ def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
         data=describe_data(data),
         protocol=evaluator.protocol,
         models=models,
+        baselines=baselines_of(evaluator),
         lineage=ancestry([a.loaded.folder for a in done.values()]) if runtime.is_main else [],
         training=[a.summary for a in done.values() if a.summary is not None],
         warnings=[line for a in done.values() for line in a.warnings],
     )
+    if runtime.is_main:
+        draw_shots(receipt.baselines, data, out)
     held = _held_receipt(out / "receipt.json") if runtime.is_main and not redone else None
     same = held is not None and all(getattr(held, part) == getattr(receipt, part) for part in TOLD)
     if runtime.is_main and not same:
@@ -332,7 +345,9 @@ def _measured(
         evaluation = evaluate_subjects([subject], evaluator, runtime, ui)[made.name]
         if runtime.is_main:
             drawn = replace(subject, role=file.stem)
-            evaluation.images.update(draw_pictures(drawn, evaluation, data, folder.path, steps))
+            evaluation.images.update(
+                draw_pictures(drawn, evaluation, data, folder.path, steps, few_shot=evaluator.few_shot)
+            )
             if made.summary is not None:
                 refresh_card(made.loaded.folder, evaluation, folder.path, folder.default_guidance)
             write_text(file, evaluation.model_dump_json(indent=1) + "\n")

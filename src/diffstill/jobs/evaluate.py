@@ -21,7 +21,17 @@ from ..report.page import write_report
 from ..report.pictures import grid, save_png
 from ..report.receipt import Receipt, environment
 from .build import as_teacher, check_data, check_scales, seen_through
-from .finish import Subject, ancestry, describe_data, draw_pictures, evaluate_subjects, evaluator_for, teacher_subjects
+from .finish import (
+    Subject,
+    ancestry,
+    baselines_of,
+    describe_data,
+    draw_pictures,
+    draw_shots,
+    evaluate_subjects,
+    evaluator_for,
+    teacher_subjects,
+)
 from .train import Finished
 from .ui import Ui
 
@@ -130,17 +140,20 @@ def evaluate(
     *,
     teacher: str | None = None,
     data: str | None = None,
+    data_overrides: Sequence[str] = (),
     spec: EvaluationSpec | None = None,
 ) -> Finished:
     """Measures a model (against its teacher, where one is named) and writes a receipt and a report.
 
-    Without ``data`` and ``spec``, the data and protocol of the model's own recipe are used.
+    Without ``data`` and ``spec``, the data and protocol of the model's own recipe are used. ``data_overrides`` are
+    ``key=value`` of the data section (``limit=300``), over either.
     """
     model = load_model(source, runtime.device)
     recipe = parse_recipe(model.lineage.recipe) if model.lineage and model.lineage.recipe else None
     if data is None and recipe is None:
         raise InputError("data", None, "name it with --data, e.g. --data digits", problem="is not known from the model")
     data_spec = DataSpec.parse(data) if data is not None else recipe.data  # type: ignore[union-attr]
+    data_spec = override_section(data_spec, data_overrides, "data")
     spec = spec or (recipe.evaluation if recipe else EvaluationSpec())
     if recipe and spec is recipe.evaluation:  # a chain's protocol may be of more steps than a stage's model has
         spec = spec.model_copy(update={"steps": min(spec.steps, model.denoiser.schedule.T)})
@@ -170,16 +183,25 @@ def evaluate(
         data=describe_data(splits),
         protocol=evaluator.protocol,
         models=models,
+        baselines=baselines_of(evaluator),
         lineage=ancestry([s.folder for s in subjects if s.folder]),
     )
     if runtime.is_main:
         for subject in subjects:
             steps_of = subject.steps or spec.steps
-            models[subject.role].images.update(draw_pictures(subject, models[subject.role], splits, out, steps_of))
+            found = models[subject.role]
+            found.images.update(draw_pictures(subject, found, splits, out, steps_of, few_shot=evaluator.few_shot))
+        draw_shots(receipt.baselines, splits, out)
         write_report(receipt, out, out / "report.html")
         receipt.save(out / "receipt.json")
     runtime.barrier()
     return Finished(out, receipt)
+
+
+def of_data(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Overrides that begin with ``data.``, without it, and the others, which are the protocol's."""
+    mine = [item.removeprefix("data.") for item in overrides if item.startswith("data.")]
+    return mine, [item for item in overrides if not item.startswith("data.")]
 
 
 def protocol_of(source: str, overrides: Sequence[str]) -> EvaluationSpec | None:

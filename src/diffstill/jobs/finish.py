@@ -8,21 +8,24 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 
 from ..data.dataset import to_float, to_uint8
-from ..data.sources import DataSplits
+from ..data.sources import DataSplits, load_data
 from ..diffusion.guidance import parse_guidance
 from ..engine.runtime import Runtime
+from ..evaluation.distances import make_distance
 from ..evaluation.encoding import decode, encode
 from ..evaluation.features import make_extractor
-from ..evaluation.protocol import EvalSettings, Evaluator
+from ..evaluation.few_shot import FewShotFigures
+from ..evaluation.protocol import REPLICATED, EvalSettings, Evaluator
 from ..evaluation.results import ModelEvaluation
 from ..evaluation.sampling import sample_images
 from ..models.denoiser import Denoiser
 from ..models.folder import load_model, save_model
 from ..recipe import DistillRecipe, EvaluationSpec, TrainRecipe, resolved
 from ..report.page import write_report
-from ..report.pictures import class_grid, grid, save_png
+from ..report.pictures import class_grid, grid, pairs_grid, save_png
 from ..report.receipt import Ancestor, DataSummary, Receipt, TrainingSummary, environment
 from .build import Teacher
 from .folder import RunFolder
@@ -30,6 +33,9 @@ from .ui import Ui
 
 GRID_PER_CLASS = 8
 SWEEP_IMAGES = 10
+PAIRS = 20
+"""Samples that are shown above their nearest shots."""
+SHOTS_SHOWN, SHOTS_A_ROW = 40, 10
 TEACHER_STEPS = 50
 GRID_SEED = 12345
 """Pictures come from their own noise stream, the same for every model."""
@@ -87,7 +93,14 @@ def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime) -> E
         batch_size=spec.batch_size,
         cost_batches=spec.latency_batches,
     )
-    return Evaluator(data, extractor, settings)
+    source = load_data(spec.source).train if spec.source is not None else None
+    distance = make_distance(spec.distance, extractor, runtime.device)
+    return Evaluator(data, extractor, settings, source=source, distance=distance)
+
+
+def baselines_of(evaluator: Evaluator) -> dict[str, ModelEvaluation]:
+    """What is measured in a model's place: of few-shot data, the shots themselves. All processes take part."""
+    return {REPLICATED: evaluator.replicate()} if evaluator.few_shot is not None else {}
 
 
 def evaluate_subjects(
@@ -137,6 +150,7 @@ def finish_run(
         data=describe_data(data),
         protocol=evaluator.protocol,
         models=models,
+        baselines=baselines_of(evaluator),
         # The first process alone reads the folders: it is about to write them again.
         lineage=ancestry([s.folder for s in subjects if s.folder]) if runtime.is_main else [],
         training=summaries,
@@ -146,9 +160,12 @@ def finish_run(
         for subject in subjects:
             evaluation = models[subject.role]
             steps = subject.steps or recipe.evaluation.steps
-            evaluation.images.update(draw_pictures(subject, evaluation, data, folder.path, steps))
+            evaluation.images.update(
+                draw_pictures(subject, evaluation, data, folder.path, steps, few_shot=evaluator.few_shot)
+            )
             if subject.folder and subject.folder.parent == folder.path:
                 refresh_card(subject.folder, evaluation, folder.path, recipe.evaluation.default_guidance)
+        draw_shots(receipt.baselines, data, folder.path)
         write_report(receipt, folder.path, folder.report)
         receipt.save(folder.receipt)
     runtime.barrier()
@@ -166,9 +183,16 @@ def describe_data(data: DataSplits) -> DataSummary:
 
 
 def draw_pictures(
-    subject: Subject, evaluation: ModelEvaluation, data: DataSplits, run_dir: Path, steps: int
+    subject: Subject,
+    evaluation: ModelEvaluation,
+    data: DataSplits,
+    run_dir: Path,
+    steps: int,
+    *,
+    few_shot: FewShotFigures | None = None,
 ) -> dict[str, str]:
-    """Grids from the same noise for every model: one at the model's best scale, one a sweep point."""
+    """Grids from the same noise for every model: one at the model's best scale, one a sweep point; of few-shot data
+    also samples with their nearest shots."""
     if subject.denoiser.sampler == "encode":
         return _draw_encoding(subject, data, run_dir)
     images: dict[str, str] = {}
@@ -197,7 +221,28 @@ def draw_pictures(
         file = run_dir / "pictures" / f"{subject.role}-{point.guidance.replace(':', '_').replace(',', '_')}.png"
         save_png(grid(picture(point.guidance, row), SWEEP_IMAGES), file)
         images[f"sweep:{point.guidance}"] = str(file.relative_to(run_dir))
+    if few_shot is not None:
+        pairs = nearest_picture(picture(best, torch.arange(PAIRS) % classes), few_shot)
+        path = save_png(pairs, run_dir / "pictures" / f"{subject.role}-nearest.png")
+        images["nearest"] = str(path.relative_to(run_dir))
     return images
+
+
+def nearest_picture(drawn: torch.Tensor, few_shot: FewShotFigures) -> Image.Image:
+    """Samples (n, C, H, W) uint8 above their nearest shots, the nearest pair first, with its distance over the
+    held-out images' mean one."""
+    ratio, which = few_shot.nearest(drawn)
+    order = ratio.argsort(stable=True)
+    notes = [f"{ratio[i]:.2f}" for i in order.tolist()]
+    return pairs_grid(drawn[order], few_shot.shots.images[which[order]], ("sample", "nearest shot"), notes)
+
+
+def draw_shots(baselines: dict[str, ModelEvaluation], data: DataSplits, run_dir: Path) -> None:
+    """The few images, beside the row that repeats them."""
+    for name, evaluation in baselines.items():
+        path = run_dir / "pictures" / f"{name}.png"
+        save_png(grid(data.train.images[:SHOTS_SHOWN], min(len(data.train), SHOTS_A_ROW)), path)
+        evaluation.images["shots"] = str(path.relative_to(run_dir))
 
 
 def _draw_encoding(subject: Subject, data: DataSplits, run_dir: Path) -> dict[str, str]:
@@ -223,6 +268,8 @@ def refresh_card(folder: Path, evaluation: ModelEvaluation, run_dir: Path, defau
     loaded = load_model(folder)
     assert loaded.lineage is not None
     best = evaluation.best
+    # The distance of a few-shot model is to the test images: nothing that ships is chosen by it.
+    chosen = best if best is None or best.few_shot is None else None
     figures: dict[str, object] = {}
     if best is not None:
         figures = {"best guidance": best.guidance, "Frechet distance": best.fd.value}
@@ -239,7 +286,7 @@ def refresh_card(folder: Path, evaluation: ModelEvaluation, run_dir: Path, defau
         lineage=loaded.lineage,
         class_names=loaded.class_names,
         guided=loaded.guided,
-        default_guidance=default_guidance or (best.guidance if best else loaded.default_guidance),
+        default_guidance=default_guidance or (chosen.guidance if chosen else loaded.default_guidance),
         curriculum=loaded.curriculum,
         curriculum_meta=loaded.curriculum_meta,
         card_images=run_dir / evaluation.images["grid"] if "grid" in evaluation.images else None,

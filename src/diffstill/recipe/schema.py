@@ -13,6 +13,7 @@ from ..diffusion.prediction import PredictionType
 from ..diffusion.sampling import ClipMode
 from ..diffusion.schedule import NoiseSchedule, Spacing, spaced_indices
 from ..engine.settings import TrainSettings
+from ..evaluation import distances
 from ..methods import METHODS, Options
 from ..models.adapters import FAMILIES, guided_unet2d
 from .problems import nearest, one_line
@@ -118,6 +119,12 @@ class EvaluationSpec(Section):
     batch_size: int = Field(500, gt=0, description="images sampled at once; no result depends on it")
     latency_batches: tuple[int, ...] = Field((1, 64), description="images sampled at once where time is measured")
     default_guidance: str | None = Field(None, description="stored in the pipeline; null: the scale of the best FD")
+    source: DataSpec | None = Field(
+        None, description="images of the source domain, of which few-shot adaptation forgets; with data.shots only"
+    )
+    distance: str = Field(
+        "features", description="between images, for few-shot diversity and copies: features | pixels | lpips:vgg|alex"
+    )
 
     @field_validator("guidance", mode="before")
     @classmethod
@@ -148,6 +155,13 @@ class EvaluationSpec(Section):
         kind, _, path = value.partition(":")
         if kind not in ("classifier", "inception", "torchscript") or (kind == "torchscript" and not path):
             raise ValueError("use classifier, inception, inception:PATH or torchscript:PATH")
+        return value
+
+    @field_validator("distance")
+    @classmethod
+    def _known_distance(cls, value: str) -> str:
+        if value not in ("features", "pixels", "lpips:vgg", "lpips:alex"):
+            raise ValueError(distances.FORMS)
         return value
 
 

@@ -37,15 +37,31 @@ def gap_error(model: ModelEvaluation) -> Estimate | None:
     return Estimate(value=value, low=low, high=high)
 
 
-def frontier_plots(models: Mapping[str, ModelEvaluation], metric: str, run_dir: Path) -> list[Markup | None]:
-    """FLOPs an image (log) against the best distance, and against the error of the guidance gap."""
+def frontier_plots(
+    models: Mapping[str, ModelEvaluation],
+    metric: str,
+    run_dir: Path,
+    baselines: Mapping[str, ModelEvaluation] | None = None,
+) -> list[Markup | None]:
+    """FLOPs an image (log) against the best distance, and against the error of the guidance gap.
+
+    Args:
+        baselines: what costs nothing, drawn as a dashed line at its distance.
+    """
+    levels = {name: m.best.fd.value for name, m in (baselines or {}).items() if m.best and m.best.fd.value}
     return [
-        _plot(models, f"Best {metric} against cost", lambda m: m.best.fd if m.best else None, run_dir),
+        _plot(models, f"Best {metric} against cost", lambda m: m.best.fd if m.best else None, run_dir, levels),
         _plot(models, "Error of the guidance gap against cost", gap_error, run_dir),
     ]
 
 
-def _plot(models: Mapping[str, ModelEvaluation], title: str, quality: Quality, run_dir: Path) -> Markup | None:
+def _plot(
+    models: Mapping[str, ModelEvaluation],
+    title: str,
+    quality: Quality,
+    run_dir: Path,
+    levels: Mapping[str, float] | None = None,
+) -> Markup | None:
     measured = [(name, m, quality(m)) for name, m in models.items()]
     found = [(name, m, m.cost.flops_image, q.value, q) for name, m, q in measured if m.cost and q and q.value]
     if len(found) < 2:
@@ -57,6 +73,9 @@ def _plot(models: Mapping[str, ModelEvaluation], title: str, quality: Quality, r
         colour = INK if first else MUTED if AGAIN in name else SERIES[0]
         errorbar(panel, [flops], [q], marker="o", color=colour, markersize=6)
     panel.log_axis("x", written=words.tick)
+    for name, level in (levels or {}).items():
+        panel.level(level, f"{name} {words.number(level)}")
+        values.append(level)
     low, high = min(values), max(values)
     if high > LOG_BEYOND * low:
         panel.axes.set_ylim(low / 1.6, high * 1.9)
@@ -72,6 +91,8 @@ def _plot(models: Mapping[str, ModelEvaluation], title: str, quality: Quality, r
         if pixels is not None:
             taken.append((float(place[0]), float(place[1])))
         _label(panel, name, (flops, value), pixels)
+    if levels:
+        panel.legend()
     return panel.svg()
 
 

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from .. import __version__
 from ..disk import write_text
 from ..evaluation.results import Estimate, ModelEvaluation, Protocol
-from . import arena_views, compare, curves, frontier, plots, views, words
+from . import arena_views, compare, curves, few_shot, frontier, plots, views, words
 from .arena import ArenaResult
 from .receipt import DataSummary, Environment, Receipt
 
@@ -76,7 +76,10 @@ def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path
         sweep_rows=sweep_rows,
         wide=any(p.width > 2 * p.height for _, row in sweep_rows for p in row if p),
         metric=_metric(receipt),
-        frontier_plots=frontier.frontier_plots(models, _metric(receipt), run_dir) if receipt.kind == "chain" else [],
+        frontier_plots=frontier.frontier_plots(models, _metric(receipt), run_dir, receipt.baselines)
+        if receipt.kind == "chain"
+        else [],
+        few=few_shot.few_images(receipt, run_dir),
         stages=frontier.chain_table(models, _metric(receipt)) if receipt.kind == "chain" and models else None,
         tables=_tables(receipt),
         details=_details(receipt.protocol, receipt.data, receipt.environment),
@@ -150,8 +153,9 @@ def _costs(models: Mapping[str, ModelEvaluation]) -> dict[str, tuple[float, Esti
 
 def _sweep_plots(models: Mapping[str, ModelEvaluation], protocol: Protocol | None) -> list[Markup | None]:
     metric, floor = (protocol.extractor.name, protocol.floor) if protocol else ("FD", None)
+    name = "halves of the real images" if protocol and protocol.few_shot else "real test images"
     return [
-        plots.sweep(models, "fd", f"{metric} over guidance", floor),
+        plots.sweep(models, "fd", f"{metric} over guidance", floor, name),
         plots.sweep(models, "class_agreement", "Class agreement over guidance"),
         plots.sweep(models, "response", "What the dial does: distance in features from the first setting"),
     ]

@@ -16,6 +16,8 @@ from torch import Tensor
 TILE = 48
 """Images are enlarged by the whole number that brings them nearest to this many pixels."""
 GAP = 3
+BAND = 14
+"""Pixels between two bands of pairs."""
 NEUTRAL = (128, 128, 128, 255)
 """Grey that is readable on white and on black: the margins are transparent."""
 
@@ -88,6 +90,27 @@ def class_grid(images: Tensor, labels: Tensor, class_names: Sequence[str], per_c
     columns = min([per_class, *(len(place) for _, place in shown)])
     picked = torch.cat([place[:columns] for _, place in shown]) if shown else torch.empty(0, dtype=torch.int64)
     return grid(images[picked], columns, row_labels=[name for name, _ in shown])
+
+
+def pairs_grid(
+    above: Tensor, below: Tensor, names: tuple[str, str], notes: Sequence[str], columns: int = 10
+) -> Image.Image:
+    """Images with their partners underneath, ``columns`` pairs in a band.
+
+    Args:
+        above, below: (N > 0, C, H, W) uint8; ``below[i]`` stands under ``above[i]``.
+        names: of the two rows.
+        notes: one a pair, above it.
+    """
+    bands = []
+    for start in range(0, len(above), columns):
+        part = slice(start, start + columns)
+        held = len(above[part])
+        bands.append(grid(torch.cat([above[part], below[part]]), held, row_labels=names, column_labels=notes[part]))
+    sheet = Image.new("RGBA", (bands[0].width, sum(b.height + BAND for b in bands) - BAND), (0, 0, 0, 0))
+    for number, band in enumerate(bands):
+        sheet.paste(band, (0, number * (bands[0].height + BAND)))
+    return sheet
 
 
 def png(picture: Image.Image) -> bytes:

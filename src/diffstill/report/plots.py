@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from ..evaluation.results import Cost, Estimate, Fidelity, ModelEvaluation
+from ..evaluation.results import Cost, Estimate, Fidelity, ModelEvaluation, ScalePoint
 from . import words
 from .svg import INK, LINE, MUTED, SERIES, Panel, plain
 
@@ -57,7 +57,11 @@ def spans_decades(values: Sequence[float]) -> bool:
 
 
 def sweep(
-    models: Mapping[str, ModelEvaluation], quantity: str, title: str, floor: Estimate | None = None
+    models: Mapping[str, ModelEvaluation],
+    quantity: str,
+    title: str,
+    floor: Estimate | None = None,
+    floor_name: str = "real test images",
 ) -> Markup | None:
     """``quantity`` (a field of ``ScalePoint``) against the guidance scale, a line a model, with intervals.
 
@@ -82,7 +86,7 @@ def sweep(
     if not shown:
         return None
     if floor is not None and floor.value is not None:
-        panel.level(floor.value, f"real test images {words.number(floor.value)}")
+        panel.level(floor.value, f"{floor_name} {words.number(floor.value)}")
     if quantity == "class_agreement":  # a share, most often near 1: from the tenth below the lowest
         bottom = max(0.0, math.floor(10 * min(shown + lows)) / 10)
         panel.axes.set_ylim(bottom, 1 + 0.04 * (1 - bottom))
@@ -92,6 +96,38 @@ def sweep(
         panel.axes.set_ylim(bottom=0)
     panel.legend()
     return panel.svg()
+
+
+def quality_against(
+    points: Mapping[str, ScalePoint], quantity: str, title: str, floor: Estimate | None = None
+) -> Markup | None:
+    """The distance of each row of few-shot data against a share (a field of ``FewShot``), a point a row."""
+    panel = Panel(title, {"memorised": "share of copies", "diversity_share": "share of the real diversity"}[quantity])
+    named = _measured(points, quantity)
+    if not named:
+        return None
+    for (name, style), (share, fd) in zip(styles(list(named)).items(), named.values(), strict=True):
+        assert share.value is not None
+        low, high = (share.value if end is None else end for end in (share.low, share.high))
+        sides = [[share.value - low], [high - share.value]]
+        errorbar(panel, [share.value], [fd], xerr=sides, linestyle="", label=plain(name), **style)
+    panel.axes.set_xlim(-0.03, max(1.03, 1.08 * max(share.value or 0 for share, _ in named.values())))
+    distances = [fd.value for _, fd in named.values() if fd.value is not None]
+    if floor is not None and floor.value is not None:
+        panel.level(floor.value, f"halves of the real images {words.number(floor.value)}")
+        distances.append(floor.value)
+    if spans_decades(distances):
+        panel.log_axis("y")
+    else:
+        panel.axes.set_ylim(bottom=0)
+    panel.legend()
+    return panel.svg()
+
+
+def _measured(points: Mapping[str, ScalePoint], quantity: str) -> dict[str, tuple[Estimate, Estimate]]:
+    """Row -> (the share, the distance), of rows that have both."""
+    found = {name: (getattr(p.few_shot, quantity), p.fd) for name, p in points.items() if p.few_shot is not None}
+    return {name: both for name, both in found.items() if None not in (both[0].value, both[1].value)}
 
 
 def _guidance_places(panel: Panel, settings: Sequence[str]) -> dict[str, float]:

@@ -155,6 +155,9 @@ class Receipt(Document):
     data: DataSummary
     protocol: Protocol | None = None
     models: dict[str, ModelEvaluation] = Field({}, description='by role: "teacher", "student", or another name')
+    baselines: dict[str, ModelEvaluation] = Field(
+        {}, description="measured in a model's place: the few images themselves, repeated"
+    )
     lineage: list[Ancestor] = []
     training: list[TrainingSummary] = []
     warnings: list[str] = []

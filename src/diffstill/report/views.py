@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ..evaluation.results import Estimate, FidelityBin, Latency, ModelEvaluation, Protocol
+from ..evaluation.results import Estimate, FewShotProtocol, FidelityBin, Latency, ModelEvaluation, Protocol
 from . import words
 from .pictures import data_uri
 from .plots import cost_rows
@@ -162,6 +162,8 @@ def sweep_table(models: Mapping[str, ModelEvaluation], metric: str) -> Table:
         "precision",
         "recall",
         "class agreement",
+        "diversity, of the real",
+        "copies",
     ]
     rows = []
     for role, model in models.items():
@@ -176,6 +178,8 @@ def sweep_table(models: Mapping[str, ModelEvaluation], metric: str) -> Table:
                     words.estimate(point.fd),
                     *cells,
                     words.percent(point.class_agreement),
+                    words.percent(point.few_shot.diversity_share if point.few_shot else None),
+                    words.percent(point.few_shot.memorised if point.few_shot else None),
                 ]
             )
     note = "\u2605 the model\u2019s best. Brackets: two-sided 95\u202f% intervals."
@@ -278,8 +282,21 @@ def protocol_facts(protocol: Protocol) -> list[tuple[str, str]]:
         ("sampling seeds", ", ".join(map(str, protocol.seeds))),
         (
             "floor",
-            f"{words.estimate(protocol.floor)} (training against test images)" if protocol.floor else words.MISSING,
+            f"{words.estimate(protocol.floor)} ({protocol.floor_of})" if protocol.floor else words.MISSING,
         ),
+        *(_few_shot_facts(protocol.few_shot) if protocol.few_shot else []),
+    ]
+
+
+def _few_shot_facts(found: FewShotProtocol) -> list[tuple[str, str]]:
+    source = f"{found.source} ({found.source_sha256[:16]})" if found.source else "not given"
+    return [
+        ("trained on", f"{words.count(found.shots)} images ({found.shots_sha256[:16]})"),
+        ("diversity", f"{found.diversity}, the first {found.per_cluster} samples a cluster"),
+        ("distance between images", found.distance),
+        ("copies", f"as near to a shot as {100 * found.near:.0f}{words.THIN}% of the test images"),
+        ("source domain", source),
+        ("selection", found.selection),
     ]
 
 

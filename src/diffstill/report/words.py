@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..diffusion.guidance import TAG, Interval, parse_guidance
-from ..evaluation.results import Encoding, Estimate, Fidelity, ModelEvaluation
+from ..evaluation.results import Encoding, Estimate, FewShot, Fidelity, ModelEvaluation
 from .receipt import Receipt
 
 THIN = "\u2009"
@@ -175,6 +175,8 @@ def verdict(receipt: Receipt) -> list[str]:
     role, model = receipt.subject
     teacher = receipt.teacher if role != receipt.teacher_role else None
     said = [_cost_sentence(role, model, teacher), _quality_sentence(receipt, role, model, teacher)]
+    if model.best is not None and model.best.few_shot is not None:
+        said.append(_few_shot_sentence(model.best.few_shot))
     if model.encoding is not None:
         said.append(_encoding_sentence(model.encoding))
     elif model.fidelity is not None:
@@ -199,6 +201,14 @@ def beside(receipt: Receipt) -> list[str]:
         ratio, cosine = number(overall.ratio.value, 2), number(overall.cosine.value, 2)
         said.append(f"Beside it, {role}: gap ratio {ratio}, cosine {cosine}{best}.")
     return said
+
+
+def _few_shot_sentence(found: FewShot) -> str:
+    kept = percent(found.diversity_share.model_copy(update={"low": None}))
+    copied = percent(found.memorised.model_copy(update={"low": None}))
+    diversity = f"Its samples have {kept} of the diversity of real images" if found.diversity_share.value else ""
+    copies = f"{copied} of them lie as near to one of the few as 5.0{THIN}% of real images do"
+    return f"{diversity}; {copies}." if diversity else f"{copies.replace('of them', 'of its samples')}."
 
 
 def _encoding_sentence(found: Encoding) -> str:
@@ -255,8 +265,10 @@ def _quality_sentence(receipt: Receipt, role: str, model: ModelEvaluation, teach
         if overlap(best.fd, other.fd):
             said += ", within the uncertainty"
     floor = receipt.protocol.floor if receipt.protocol else None
-    if floor is not None:
-        said += f"; real test images score {number(floor.value)}"
+    if floor is not None and receipt.protocol is not None:
+        halves = receipt.protocol.few_shot is not None
+        said += f"; {'half of the real images score' if halves else 'real test images score'} {number(floor.value)}"
+        said += " against the other half" if halves else ""
     if best.class_agreement is not None and best.class_agreement.value is not None:
         said += f". {100 * best.class_agreement.value:.1f}{THIN}% of its samples show the class that was asked for"
     return said + "."
