@@ -63,7 +63,8 @@ def intra_cluster_diversity(
         crdi_compat: the published protocol with its defects, for comparison with published numbers and nothing else:
             (1) samples are brought to [0, 1] where the anchors are, rightly, on [-1, 1], so they are compared at half
             contrast; (2) there are always ten clusters: with fewer anchors the sum is still divided by ten, and of
-            more anchors the clusters beyond the tenth are left out; (3) clusters without pairs count as 0.
+            more anchors (never published) the clusters beyond the tenth are left out; (3) clusters without pairs
+            count as 0.
 
     Raises:
         ValueError: images that are not uint8, no anchor, or ``per_cluster`` under 2.

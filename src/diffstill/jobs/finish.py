@@ -33,7 +33,7 @@ from .ui import Ui
 
 GRID_PER_CLASS = 8
 SWEEP_IMAGES = 10
-PAIRS = 20
+PAIRS = 16
 """Samples that are shown above their nearest shots."""
 SHOTS_SHOWN, SHOTS_A_ROW = 40, 10
 TEACHER_STEPS = 50

@@ -23,6 +23,9 @@ METRICS = [
     ("ratio, cosine, gap_mse", "guidance fidelity: the student's gap against the teacher's at the same (x_t, t, y)"),
     ("cond_mse, null_mse, best_rescale", "each branch against the teacher's; the best scalar correction of the gap"),
     ("encoding", "of an encoder: the error of images that were encoded and decoded again, and its noise"),
+    ("diversity, diversity_share", "few-shot: mean distance of pairs within the nearest shots' clusters; of the real"),
+    ("memorised, nearest_ratio", "few-shot: samples that lie as near to a shot as 5 % of real images; mean distance"),
+    ("source_fd", "few-shot: Frechet distance to the source domain's images"),
     ("parameters, flops, nfe, latency, memory", "cost"),
 ]
 

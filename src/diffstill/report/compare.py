@@ -48,9 +48,11 @@ def named_runs(receipts: Sequence[tuple[str | Path, Receipt]]) -> list[Run]:
 def protocol_differences(protocols: Sequence[Protocol]) -> dict[str, list[str]]:
     """Fields in which the protocols differ, each with its distinct values. The floor is a result, not a setting."""
     dumped: list[dict[str, Any]] = [p.model_dump(mode="json", exclude={"floor"}) for p in protocols]
+    for told in dumped:
+        told |= {f"few_shot.{field}": value for field, value in (told.pop("few_shot") or {}).items()}
     found = {}
-    for field in dumped[0] if dumped else ():
-        values = list(dict.fromkeys(_shown(d[field]) for d in dumped))
+    for field in dict.fromkeys(field for told in dumped for field in told):
+        values = list(dict.fromkeys(_shown(told.get(field)) for told in dumped))
         if len(values) > 1:
             found[field] = values
     return found

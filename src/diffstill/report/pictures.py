@@ -93,7 +93,7 @@ def class_grid(images: Tensor, labels: Tensor, class_names: Sequence[str], per_c
 
 
 def pairs_grid(
-    above: Tensor, below: Tensor, names: tuple[str, str], notes: Sequence[str], columns: int = 10
+    above: Tensor, below: Tensor, names: tuple[str, str], notes: Sequence[str], columns: int = 8
 ) -> Image.Image:
     """Images with their partners underneath, ``columns`` pairs in a band.
 

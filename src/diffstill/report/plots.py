@@ -99,23 +99,28 @@ def sweep(
 
 
 def quality_against(
-    points: Mapping[str, ScalePoint], quantity: str, title: str, floor: Estimate | None = None
+    points: Mapping[str, ScalePoint], quantity: str, title: str, real: tuple[float, Estimate] | None = None
 ) -> Markup | None:
-    """The distance of each row of few-shot data against a share (a field of ``FewShot``), a point a row."""
+    """The distance of each row of few-shot data against a share (a field of ``FewShot``), a point a row.
+
+    Args:
+        real: share and distance of real images.
+    """
     panel = Panel(title, {"memorised": "share of copies", "diversity_share": "share of the real diversity"}[quantity])
     named = _measured(points, quantity)
     if not named:
         return None
     for (name, style), (share, fd) in zip(styles(list(named)).items(), named.values(), strict=True):
-        assert share.value is not None
-        low, high = (share.value if end is None else end for end in (share.low, share.high))
-        sides = [[share.value - low], [high - share.value]]
-        errorbar(panel, [share.value], [fd], xerr=sides, linestyle="", label=plain(name), **style)
-    panel.axes.set_xlim(-0.03, max(1.03, 1.08 * max(share.value or 0 for share, _ in named.values())))
-    distances = [fd.value for _, fd in named.values() if fd.value is not None]
-    if floor is not None and floor.value is not None:
-        panel.level(floor.value, f"halves of the real images {words.number(floor.value)}")
-        distances.append(floor.value)
+        value = share.value or 0.0
+        low, high = (value if end is None else end for end in (share.low, share.high))
+        sides = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        errorbar(panel, [value], [fd], xerr=sides, linestyle="", label=plain(name), **style)
+    shares, distances = ([both[i].value or 0.0 for both in named.values()] for i in (0, 1))
+    if real is not None and real[1].value is not None:
+        name = f"real images {words.number(real[1].value)}"
+        errorbar(panel, [real[0]], [real[1]], linestyle="", label=name, color=MUTED, marker="*", markersize=9)
+        distances.append(real[1].value)
+    panel.axes.set_xlim(-0.03, max(1.03, 1.08 * max(shares)))
     if spans_decades(distances):
         panel.log_axis("y")
     else:
