@@ -95,6 +95,7 @@ def test_unlabelled_images_are_the_same_images(digits: DataSplits) -> None:
     # A limit stays stratified by the classes that nobody is told.
     limited, told = load("digits", unlabelled=True, limit=20), load("digits", limit=20)
     assert torch.equal(limited.train.images, told.train.images)
+    assert told.train.labels.bincount().tolist() == [2] * 10
 
 
 @pytest.mark.parametrize("seed", [0, 7])
