@@ -243,6 +243,7 @@ class Method(ABC):
         """Modules that the loss uses and nobody trains, the teacher aside; the engine moves them to the device."""
         self.memory: dict[str, Tensor] = {}
         """Tensors that the method changes in ``after_update``: saved with a checkpoint, averaged over processes."""
+        self._resting: dict[str, tuple[list[nn.Parameter], list[nn.Module]]] = {}
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -270,12 +271,18 @@ class Method(ABC):
     def in_phase(self, phase: Phase) -> Iterator[None]:
         """Only the phase's roles ask for gradients and are in train mode; afterwards all is as it was, also after an
         exception."""
-        resting = [network for name, network in self.roles.items() if name not in phase.roles]
-        asked = [p for network in resting for p in network.parameters() if p.requires_grad]
-        modes = [(module, module.training) for network in resting for module in network.modules()]
+        if phase.name not in self._resting:
+            resting = [network for name, network in self.roles.items() if name not in phase.roles]
+            self._resting[phase.name] = (
+                [p for network in resting for p in network.parameters()],
+                [module for network in resting for module in network.modules()],
+            )
+        parameters, modules = self._resting[phase.name]
+        asked = [p for p in parameters if p.requires_grad]
+        modes = [(module, module.training) for module in modules]
         try:
-            for network in resting:
-                network.eval()
+            for module in modules:
+                module.training = False
             for parameter in asked:
                 parameter.requires_grad_(False)
             yield
@@ -305,6 +312,7 @@ class Method(ABC):
     def replace_role(self, name: str, wrapped: nn.Module) -> None:
         """The engine puts the DDP or compiled form of a role in its place."""
         self.roles[name] = wrapped
+        self._resting.clear()
         if name == "student":
             self.student = self.student.with_network(wrapped)
 
