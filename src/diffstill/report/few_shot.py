@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from ..evaluation.results import Estimate, FewShotProtocol, ModelEvaluation, ScalePoint
 from . import plots, words
+from .frontier import AGAIN
 from .receipt import Receipt
 from .views import Picture, Table, picture, thousandfold
 
@@ -37,6 +38,7 @@ def few_images(receipt: Receipt, run_dir: Path) -> FewImages | None:
     told = {
         role: picture(run_dir, m.images.get("nearest"), f"samples of the {role} and their nearest shots")
         for role, m in receipt.models.items()
+        if AGAIN not in role
     }
     rows = {role: m.best for role, m in {**receipt.models, **receipt.baselines}.items()}
     known = {role: point for role, point in rows.items() if point is not None and point.few_shot is not None}

@@ -74,7 +74,10 @@ def _plot(
         errorbar(panel, [flops], [q], marker="o", color=colour, markersize=6)
     panel.log_axis("x", written=words.tick)
     for name, level in (levels or {}).items():
-        panel.level(level, f"{name} {words.number(level)}")
+        text = f"{name} {words.number(level)}"
+        panel.level(level, text)
+        right: Any = {"xycoords": panel.axes.get_yaxis_transform(), "textcoords": "offset points", "ha": "right"}
+        panel.axes.annotate(plain(text), (1, level), (0, 4), fontsize=8.5, color=MUTED, **right)
         values.append(level)
     low, high = min(values), max(values)
     if high > LOG_BEYOND * low:
@@ -91,8 +94,6 @@ def _plot(
         if pixels is not None:
             taken.append((float(place[0]), float(place[1])))
         _label(panel, name, (flops, value), pixels)
-    if levels:
-        panel.legend()
     return panel.svg()
 
 
