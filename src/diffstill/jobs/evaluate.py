@@ -16,7 +16,7 @@ from ..errors import InputError, RunFailed
 from ..evaluation.sampling import sample_images
 from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
-from ..recipe import EvaluationSpec, override_section, parse_recipe
+from ..recipe import AnyRecipe, EvaluationSpec, override_section, parse_recipe
 from ..report.page import write_report
 from ..report.pictures import grid, save_png
 from ..report.receipt import Receipt, environment
@@ -150,10 +150,7 @@ def evaluate(
     """
     model = load_model(source, runtime.device)
     recipe = parse_recipe(model.lineage.recipe) if model.lineage and model.lineage.recipe else None
-    if data is None and recipe is None:
-        raise InputError("data", None, "name it with --data, e.g. --data digits", problem="is not known from the model")
-    data_spec = DataSpec.parse(data) if data is not None else recipe.data  # type: ignore[union-attr]
-    data_spec = override_section(data_spec, data_overrides, "data")
+    data_spec = _data_spec(recipe, data, data_overrides)
     spec = spec or (recipe.evaluation if recipe else EvaluationSpec())
     if recipe and spec is recipe.evaluation:  # a chain's protocol may be of more steps than a stage's model has
         spec = spec.model_copy(update={"steps": min(spec.steps, model.denoiser.schedule.T)})
@@ -196,6 +193,17 @@ def evaluate(
         receipt.save(out / "receipt.json")
     runtime.barrier()
     return Finished(out, receipt)
+
+
+def _data_spec(recipe: AnyRecipe | None, data: str | None, overrides: Sequence[str]) -> DataSpec:
+    """The data asked for, or the recipe's, with overrides applied."""
+    if data is not None:
+        spec = DataSpec.parse(data)
+    elif recipe is not None:
+        spec = recipe.data
+    else:
+        raise InputError("data", None, "name it with --data, e.g. --data digits", problem="is not known from the model")
+    return override_section(spec, overrides, "data")
 
 
 def of_data(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
