@@ -183,16 +183,20 @@ def open_roles(roles: Mapping[str, str]) -> dict[str, Denoiser]:
     return found
 
 
+def same_network(a: nn.Module, b: nn.Module) -> bool:
+    """Whether two networks have the same weights by name and shape."""
+    shapes = [{name: value.shape for name, value in unwrap(n).state_dict().items()} for n in (a, b)]
+    return shapes[0] == shapes[1]
+
+
 def check_roles(roles: Mapping[str, Denoiser], teacher: Denoiser) -> None:
     """What a role starts from must be a network like the teacher's.
 
     Raises:
         InputError: another architecture or prediction.
     """
-    wanted = {name: value.shape for name, value in unwrap(teacher.network).state_dict().items()}
     for role, model in roles.items():
-        mine = {name: value.shape for name, value in unwrap(model.network).state_dict().items()}
-        if mine != wanted or model.prediction_type != teacher.prediction_type:
+        if not same_network(model.network, teacher.network) or model.prediction_type != teacher.prediction_type:
             mend = "use a model that was made from the teacher"
             raise InputError(f"roles.{role}", "a model of another network", mend, problem="does not fit the teacher")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..models.lineage import weights_sha256
 from ..recipe import ChainRecipe, TrainRecipe, resolved
 from ..report.page import write_report
 from ..report.receipt import Receipt, TrainingSummary, environment
-from .build import as_teacher, open_roles, respaced
+from .build import as_teacher, open_roles, respaced, same_network
 from .distill import train_student
 from .finish import (
     Subject,
@@ -165,9 +166,9 @@ def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
         done[stage.name], trained = _artefact(stage, done, stage_data.of(stage), folder, runtime, ui)
         models[stage.name], measured = _measured(len(models), done[stage.name], data, folder, evaluator, runtime, ui)
         redone |= trained or measured
-    first, *others = done.values()
+    first = next(iter(done.values()))
     views = [_strided(first, baseline.steps, baseline.spacing) for baseline in recipe.baselines]
-    for strided in [*views, *_undistilled(first, others)]:
+    for strided in [*views, *_undistilled(list(done.values()))]:
         models[strided.name], measured = _measured(len(models), strided, data, folder, evaluator, runtime, ui)
         redone |= measured
     receipt = Receipt(
@@ -302,16 +303,17 @@ def _strided(first: Artefact, steps: int, spacing: Spacing) -> Artefact:
     return replace(first, name=name, loaded=replace(first.loaded, denoiser=few), summary=None, warnings=())
 
 
-def _undistilled(first: Artefact, others: Sequence[Artefact]) -> list[Artefact]:
-    """What doing nothing would give: the first model's network in the steps of each kind of few-step generator."""
+def _undistilled(done: Sequence[Artefact]) -> list[Artefact]:
+    """What doing nothing would give: the models of many steps in the steps of each kind of few-step generator."""
     found: dict[str, Artefact] = {}
-    for made in others:
-        model = made.loaded.denoiser
-        if model.sampler != "renoise" or made.root.network is not first.root.network:
-            continue
-        name = f"{first.name}@{model.schedule.T}-renoise"
-        view = replace(first.loaded, denoiser=model.with_network(first.loaded.denoiser.network), guided=False)
-        found.setdefault(name, replace(first, name=name, loaded=view, summary=None, warnings=()))
+    few = [made for made in done if made.loaded.denoiser.sampler == "renoise"]
+    many = [made for made in done if made.loaded.denoiser.sampler == "ddim"]
+    for made, plain in product(few, many):
+        model, network = made.loaded.denoiser, plain.loaded.denoiser.network
+        name = f"{plain.name}@{model.schedule.T}-renoise"
+        if made.root.network is plain.root.network and same_network(model.network, network):
+            view = replace(plain.loaded, denoiser=model.with_network(network), guided=False)
+            found.setdefault(name, replace(plain, name=name, loaded=view, summary=None, warnings=()))
     return list(found.values())
 
 

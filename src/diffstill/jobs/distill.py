@@ -43,7 +43,7 @@ PROBE_PAIRS = 128
 
 
 def teacher_recipe(recipe: DistillRecipe) -> TrainRecipe | None:
-    """The recipe that makes the teacher, on the student's data; None where the teacher is a finished model.
+    """The recipe that makes the teacher, on the data it is trained on; None where the teacher is a finished model.
 
     Raises:
         InputError: where it is no training recipe.
@@ -54,7 +54,12 @@ def teacher_recipe(recipe: DistillRecipe) -> TrainRecipe | None:
     if not isinstance(made, TrainRecipe):
         mend = "name a recipe of kind: train"
         raise InputError("teacher.recipe", recipe.teacher.recipe, mend, problem="trains no teacher")
-    return made.model_copy(update={"data": recipe.data})
+    return made if recipe.teacher.data == "own" else made.model_copy(update={"data": recipe.data})
+
+
+def teacher_data(upstream: TrainRecipe, recipe: DistillRecipe, data: DataSplits) -> DataSplits:
+    """What the teacher is trained on: the student's ``data``, or its own."""
+    return load_data(upstream.data) if recipe.teacher.data == "own" else data
 
 
 def blank_teacher(recipe: DistillRecipe, data: DataSplits) -> Teacher:
@@ -62,10 +67,11 @@ def blank_teacher(recipe: DistillRecipe, data: DataSplits) -> Teacher:
     upstream = teacher_recipe(recipe)
     if upstream is None:
         return respaced(open_teacher(recipe.teacher.model or ""), recipe.respace)
+    own = teacher_data(upstream, recipe, data)
     denoiser = build_denoiser(
         upstream.network,
-        data.shape,
-        data.num_classes,
+        own.shape,
+        own.num_classes,
         upstream.schedule.build(),
         upstream.prediction_type,
         upstream.seed,
@@ -117,8 +123,9 @@ def obtain_teacher(
         teacher = open_teacher(recipe.teacher.model or "")
         teacher.denoiser.network.to(runtime.device)
         return respaced(teacher, recipe.respace), []
+    own = teacher_data(upstream, recipe, data)
     teacher, summary = train_teacher(
-        upstream, data, folder.path / "stages" / "teacher", folder.path / "teacher", runtime, ui
+        upstream, own, folder.path / "stages" / "teacher", folder.path / "teacher", runtime, ui
     )
     return respaced(teacher, recipe.respace), [summary]
 

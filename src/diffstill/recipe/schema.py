@@ -171,6 +171,9 @@ class TeacherSpec(Section):
     model: str | None = None
     recipe: str | None = None
     overrides: dict[str, Any] = Field({}, description="dotted overrides of the teacher's recipe")
+    data: Literal["student", "own"] = Field(
+        "student", description="what a recipe trains it on: the student's data, or its recipe's own (another domain)"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> TeacherSpec:
