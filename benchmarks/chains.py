@@ -23,8 +23,10 @@ from diffstill.recipe import ChainRecipe, load_recipe, resolved
 from diffstill.report.frontier import gap_error
 from diffstill.report.receipt import Receipt
 
-POINT = ("fd", "class_agreement", "response", "precision", "recall")
+POINT = ("fd", "kid", "class_agreement", "response", "precision", "recall")
 """Quantities of a sweep's point that are kept."""
+FEW = ("diversity", "diversity_share", "memorised", "nearest_ratio", "source_fd")
+"""And of its figures about few images."""
 
 
 def run(name: str, overrides: Sequence[str], seed: int, out: Path) -> Receipt:
@@ -43,8 +45,8 @@ def figures(model: ModelEvaluation, first: ModelEvaluation) -> dict[str, float |
     """Every figure of one model by name; ``first`` is the chain's first model, of the same seed."""
     found: dict[str, float | None] = {}
     for point in model.sweep:
-        for quantity in POINT:
-            estimate = getattr(point, quantity)
+        few = {name: getattr(point.few_shot, name) for name in FEW} if point.few_shot is not None else {}
+        for quantity, estimate in {**{name: getattr(point, name) for name in POINT}, **few}.items():
             found[f"s={point.guidance} {quantity}"] = estimate.value if estimate is not None else None
     best, under = (m.best.fd.value if m.best else None for m in (model, first))
     found["best fd"] = best
@@ -60,8 +62,9 @@ def figures(model: ModelEvaluation, first: ModelEvaluation) -> dict[str, float |
 def summary(receipts: Sequence[Receipt]) -> dict[str, dict[str, Any]]:
     """Model -> what it is and, by figure, the seeds' values with their mean and 95% t-interval."""
     found: dict[str, dict[str, Any]] = {}
-    for name, model in receipts[0].models.items():
-        seeds = [figures(r.models[name], next(iter(r.models.values()))) for r in receipts]
+    measured = [{**r.models, **r.baselines} for r in receipts]
+    for name, model in measured[0].items():
+        seeds = [figures(each[name], next(iter(each.values()))) for each in measured]
         trained = next((t for t in receipts[0].training if t.name == name), None)
         found[name] = {
             "method": model.method,
@@ -70,6 +73,8 @@ def summary(receipts: Sequence[Receipt]) -> dict[str, dict[str, Any]]:
             "nfe": model.cost.nfe if model.cost else None,
             "flops_image": model.cost.flops_image if model.cost else None,
             "images": trained.images_seen if trained else None,
+            "seconds": trained.seconds if trained else None,
+            "latency_s": {str(time.batch): time.median_s for time in model.cost.latency} if model.cost else None,
             "figures": {
                 figure: {
                     "seeds": (values := [one.get(figure) for one in seeds]),
