@@ -19,7 +19,9 @@ from .svg import INK, SERIES, Panel, plain
 
 MOST_POINTS = 600
 """Drawn a curve; more would only make the page heavy."""
-NOT_LOSSES = frozenset({"images", "step", "lr", "grad_norm"})
+NOT_LOSSES = frozenset({"images", "step", "lr", "pixel", "gan_weight"})
+AT_IMAGE = ("dmd_norm", "gan_norm")
+"""Gradient norms at the generated images, which tell how matching and GAN balance."""
 
 Points = dict[float, float]
 """Images seen -> value."""
@@ -31,6 +33,8 @@ class TrainingLog:
 
     losses: dict[str, Points] = field(default_factory=dict)
     probe: dict[str, Points] = field(default_factory=dict)
+    norms: dict[str, Points] = field(default_factory=dict)
+    """Of a few-step generator: ``AT_IMAGE``."""
 
 
 def read_log(log: Path, arm: str) -> TrainingLog:
@@ -52,12 +56,15 @@ def read_log(log: Path, arm: str) -> TrainingLog:
             _add(arms.setdefault(str(record.get("arm")), TrainingLog()).probe, record)
         elif event is None and _is_number(record.get("loss")):
             _add(arms.setdefault(str(record.get("arm")), TrainingLog()).losses, record)
+    for arm_log in arms.values():
+        arm_log.norms = {name: arm_log.losses.pop(name) for name in AT_IMAGE if name in arm_log.losses}
     return arms.get(arm) or next(iter(arms.values()), TrainingLog())
 
 
 def _add(series: dict[str, Points], record: Mapping[str, Any]) -> None:
     for name, value in record.items():
-        if name not in NOT_LOSSES and _is_number(value):
+        aside = name in NOT_LOSSES or name.endswith(("grad_norm", "_loss"))
+        if not aside and _is_number(value):
             series.setdefault(name, {})[record["images"]] = value
 
 
@@ -87,7 +94,7 @@ def _images_axis(axes: Axes) -> None:
 
 
 def loss_curves(losses: Mapping[str, Points], title: str) -> Markup | None:
-    """Loss and its parts over images seen, on a log axis: smoothed, the raw values faint behind."""
+    """Loss and its parts (or norms) over images seen, on a log axis: smoothed, the raw values faint behind."""
     drawn = {name: _line({x: v for x, v in points.items() if v > 0}) for name, points in losses.items()}
     drawn = {name: line for name, line in drawn.items() if len(line[0]) > 1}
     if len(drawn) == 2 and "loss" in drawn:  # a loss of one part is that part

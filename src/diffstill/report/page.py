@@ -73,7 +73,7 @@ def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path
         tiles=views.tiles(receipt),
         grids=[(role, found) for role, found in grids if found],
         sweep_columns=columns,
-        sweep_rows=sweep_rows,
+        sweep_rows=sweep_rows if _turned(models) else [],
         wide=any(p.width > 2 * p.height for _, row in sweep_rows for p in row if p),
         metric=_metric(receipt),
         frontier_plots=frontier.frontier_plots(models, _metric(receipt), run_dir, receipt.baselines)
@@ -95,11 +95,12 @@ def _report_plots(receipt: Receipt, run_dir: Path) -> dict[str, list[Markup | No
     beside = plots.frontier(_costs(models), f"Best {_metric(receipt)} against cost")
     logs = [(t, curves.read_log(_inside(run_dir, t.curve), t.name)) for t in receipt.training]
     return {
-        "sweep_plots": _sweep_plots(models, receipt.protocol),
+        "sweep_plots": _sweep_plots(models, receipt.protocol) if _turned(models) else [],
         "fidelity_plots": [*_fidelity_plots(models, "timestep"), *_fidelity_plots(models, "class")],
         "cost_plots": [plots.cost_bars(teacher, student), beside] if teacher and student else [],
         "training_plots": [
             *(curves.loss_curves(log.losses, f"Loss: {t.name} ({t.method})") for t, log in logs),
+            *(curves.loss_curves(log.norms, f"Gradient norms at the image: {t.name}") for t, log in logs),
             *(curves.probe_curves(log.probe, f"Guidance while training: {t.name}") for t, log in logs),
             plots.curriculum({t.name: t.curriculum for t in receipt.training}),
         ],
@@ -149,6 +150,11 @@ def _inside(run_dir: Path, relative: str | None) -> Path:
 
 def _costs(models: Mapping[str, ModelEvaluation]) -> dict[str, tuple[float, Estimate]]:
     return {name: (m.cost.flops_image, m.best.fd) for name, m in models.items() if m.cost and m.best}
+
+
+def _turned(models: Mapping[str, ModelEvaluation]) -> bool:
+    """Whether any model was measured at several settings; else there is no dial to show."""
+    return any(len(model.sweep) > 1 for model in models.values())
 
 
 def _sweep_plots(models: Mapping[str, ModelEvaluation], protocol: Protocol | None) -> list[Markup | None]:
