@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 GanLoss = Literal["bce", "hinge", "lsgan", "wgan"]
 Aggregation = Literal["mean", "sum", "logit"]
@@ -75,6 +76,8 @@ def gradient_penalty(score: Callable[[Tensor], Tensor], real: Tensor, fake: Tens
 def _slopes(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """(B,) norms of the score's gradient in each image, with graph."""
     leaf = x.detach().requires_grad_()
-    (slope,) = torch.autograd.grad(score(leaf).sum(), leaf, create_graph=True)
+    # Fused attention has no second derivative.
+    with sdpa_kernel(SDPBackend.MATH):
+        (slope,) = torch.autograd.grad(score(leaf).sum(), leaf, create_graph=True)
     # The square root has no slope at zero.
     return slope.flatten(1).square().sum(1).add(1e-16).sqrt()
