@@ -20,7 +20,8 @@ from diffstill.report.arena import ArenaArm, ArenaResult, Budget, best_fd, fidel
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-PAGES = ("README.md", "docs/dash.md", "docs/decisions.md", "docs/guided.md", "docs/chain.md", "docs/sfddm.md")
+DOCS = ("dash", "decisions", "guided", "chain", "sfddm", "unidad")
+PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 MARKED = re.compile(r"<!-- begin: measured ([\w -]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -205,6 +206,42 @@ def sfddm() -> str:
     )
 
 
+FEW_SHOT = {
+    "shots-replicated": "the ten images, repeated",
+    "source@{}-renoise": "source model in as few steps (do nothing)",
+    "finetune": "fine-tuning",
+    "finetune@{}-renoise": "fine-tuning, in as few steps",
+    "dmd2-then-finetune": "DMD2 in the source domain, then fine-tuning",
+    "finetune-then-dmd2": "fine-tuning, then DMD2",
+    "unidad": "Uni-DAD",
+    "no-target-teacher": "without target teacher",
+    "single-head": "with a single head",
+    "dmd-only": "matching to the source alone",
+    "gan-only": "GAN alone",
+}
+
+
+def few_shot(file: str, steps: int) -> Callable[[], str]:
+    """Ways from ten images to a generator: distance, diversity, copies and forgetting side by side."""
+
+    def made() -> str:
+        models = chain_models(file)
+        known = {name.format(steps): label for name, label in FEW_SHOT.items() if name.format(steps) in models}
+
+        def row(name: str, label: str) -> list[str]:
+            m = models[name]
+            at = next(iter(m["figures"])).split()[0]  # its one setting
+            told = [label, str(m["nfe"]) if m["nfe"] else words.MISSING]
+            percent = [cell(m, f"{at} {figure}", 100) for figure in ("diversity_share", "memorised")]
+            seconds = words.number(m["seconds"]) if m["seconds"] else words.MISSING
+            return [*told, cell(m, f"{at} fd"), *percent, cell(m, f"{at} source_fd"), seconds]
+
+        header = ["", "NFE", "FD", "diversity, % of real", "copies, %", "FD to the source", "training, s"]
+        return table(header, [row(name, label) for name, label in known.items()])
+
+    return made
+
+
 CASCADE = "cascade-digits-grid.json"
 TABLES: dict[str, Callable[[], str]] = {
     "guided grid": guided_grid,
@@ -235,6 +272,9 @@ TABLES: dict[str, Callable[[], str]] = {
         {"default": "mean of three runs, each with its own teacher"},
         STUDENT,
     ),
+    "few shot": few_shot("few-shot-digits.json", 1),
+    "few shot far": few_shot("few-shot-digits-far.json", 1),
+    "few shot three steps": few_shot("few-shot-digits-3.json", 3),
     "student": variants(
         "digits-student.json",
         {"default": "as the recipe says", "reuse2": "`teacher_reuse: 2`", "fp32-teacher": "`teacher_precision: fp32`"},
