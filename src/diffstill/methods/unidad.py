@@ -290,8 +290,11 @@ class UniDad(PhasedMethod):
         """Keeps the gradient norms of calibrating student updates, and what the first images were like."""
         if phase != "student":
             return
-        for squared in self._seen["norms"]:
-            self.memory["norms"] += squared * self._calibrating()
+        if self._seen["norms"]:
+            squares = torch.stack(self._seen["norms"]).sum(0)
+            # An update whose matching gradient is zero, as the first one's is, does not count.
+            counts = squares[:1].sign()
+            self.memory["norms"] += torch.cat([squares * counts, counts]) * self._calibrating()
         first = torch.stack(self._seen["pixel"]).mean(0)
         self.memory["pixel"] = torch.where(self.memory["pixel"] > 0, self.memory["pixel"], first)
         for seen in self._seen.values():
@@ -345,7 +348,7 @@ class UniDad(PhasedMethod):
             parts |= {"gan": loss.detach(), "gan_norm": gan_slope.norm() * len(x), "gan_weight": weight}
         if dmd_slope is not None and gan_slope is not None and o.gan_share is not None:
             squares = (o.dmd_weight * dmd_slope).square().sum(), gan_slope.square().sum()
-            self._seen["norms"].append(torch.stack([*squares, squares[0].sign()]))
+            self._seen["norms"].append(torch.stack(squares))
         self._seen["pixel"].append(parts["pixel"][None])
         return Losses(tied(x, value, slope), parts)
 
@@ -358,7 +361,6 @@ class UniDad(PhasedMethod):
         return torch.where(self._calibrating(), fixed, o.gan_share * (dmd / gan.clamp(min=1e-30)).sqrt()).float()
 
     def _calibrating(self) -> Tensor:
-        # Updates whose matching gradient is zero, as the first one's is, do not count.
         return self.memory["norms"][2] < self.options.calibration
 
     def matching(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
