@@ -1,0 +1,198 @@
+"""Uni-DAD as a user runs it: ten digits through the command line, and a ring of Gaussians that moves to two new modes
+(unidad.md 7, T20, T21)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from few_steps import Roles
+from rounds import plain_diffusers
+from torch import Tensor
+from worlds import generator
+
+from diffstill.analytic import GaussianMixtureWorld, MLPStudent, analytic_denoiser
+from diffstill.cli import main
+from diffstill.data.dataset import ImageData
+from diffstill.diffusion.guidance import Constant
+from diffstill.diffusion.sampling import noise_source
+from diffstill.diffusion.schedule import NoiseSchedule
+from diffstill.engine.log import read_log
+from diffstill.evaluation.sampling import draw
+from diffstill.models.denoiser import Denoiser
+from diffstill.models.folder import load_model
+from diffstill.report.receipt import Receipt
+
+# ------------------------------------------------------------------------------------------------ ten digits (T21)
+
+EVALUATION = ["evaluation.samples=20", "evaluation.pairs=20", "evaluation.latency_batches=[1]"]
+TEACHER = [
+    "data.unlabelled=true",
+    "data.limit=100",
+    "network.block_out_channels=[8, 16]",
+    "network.norm_num_groups=4",
+    "training.images=256",
+    "training.batch_size=32",
+    "training.warmup_images=0",
+    "evaluation.steps=4",
+    *EVALUATION,
+]
+RECIPE = """
+kind: distill
+name: ten-digits
+data: {source: digits, classes: ["0"], unlabelled: true, shots: 10}
+teacher: {model: TEACHER}
+student: {family: teacher}
+method: {name: unidad, steps: 2, student_every: 3}
+training: {images: 160, batch_size: 8, lr: 1.0e-3, log_every: 1, ema_decay: 0.5}
+evaluation: {samples: 20, pairs: 20, steps: 2, teacher_steps: 4, latency_batches: [1]}
+"""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("few") / "teacher"
+    assert main(["train", "digits-teacher", *TEACHER, "--out", str(out), "--quiet"]) == 0
+    return out / "model"
+
+
+def recipe(teacher: Path, folder: Path) -> str:
+    file = folder / "ten-digits.yaml"
+    file.write_text(RECIPE.replace("TEACHER", str(teacher)))
+    return str(file)
+
+
+def test_ten_digits_make_a_two_step_generator_that_plain_diffusers_draws(teacher: Path, tmp_path: Path) -> None:
+    """Mechanics, not quality: finite, trained, evaluated in two steps, loaded by a stranger."""
+    assert main(["distill", recipe(teacher, tmp_path), "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    log = [record for record in read_log(tmp_path / "run" / "log.jsonl") if "loss" in record]
+    assert len(log) == 20
+    assert [n for n, record in enumerate(log) if "dmd" in record] == [0, 3, 6, 9, 12, 15, 18]
+    assert log[0]["dmd"] == 0
+    assert all(record["dmd"] > 0 for record in log[3::3])
+    receipt = Receipt.load(tmp_path / "run" / "receipt.json")
+    assert [point.nfe for point in receipt.models["student"].sweep] == [2]
+    made, start = (load_model(folder).denoiser for folder in (tmp_path / "run" / "model", teacher))
+    pairs = zip(made.network.parameters(), start.network.parameters(), strict=True)
+    assert all(bool(a.isfinite().all()) and not torch.equal(a, b) for a, b in pairs)
+    assert (made.schedule.T, made.sampler) == (2, "renoise")
+    (images,) = plain_diffusers(tmp_path / "run", ["model"], [0, 0, 0], 7, {"default": {}}).values()
+    with made.evaluating():
+        ours = draw(made, torch.zeros(3, dtype=torch.int64), Constant(1.0), noise_source(made.sample_shape, 7, 0, 3))
+    theirs = torch.from_numpy(images).permute(0, 3, 1, 2)
+    assert theirs.std() > 0.05
+    torch.testing.assert_close(theirs, (ours / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "says"),
+    [
+        (
+            ["training.lr=0.5", "training.grad_clip=null", "training.decay=none"],
+            1,
+            "images have left their range (mean",
+        ),
+        (["method.target_teacher=frozen"], 2, "method.target_teacher: 'frozen' has no model; name the finished model"),
+        (["method.taps=[nowhere]"], 2, "method.taps: 'nowhere'"),
+        (["method.sigma_end=30"], 2, "method.sigma_end: 30.0 does not lie below sigma_max 10 and within the teacher's"),
+        (["method.target_weight=2"], 2, "method: target_weight: 2 is not usable"),
+        (["roles={discriminator: here}"], 2, "roles.discriminator: no role that may start from a model of its own"),
+    ],
+)
+def test_what_cannot_be_ends_in_one_line(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: list[str], code: int, says: str
+) -> None:
+    """A run that diverges among them, with what to try."""
+    out = tmp_path / "run"
+    capsys.readouterr()
+    assert main(["distill", recipe(teacher, tmp_path), *changes, "--out", str(out), "--quiet"]) == code
+    told = capsys.readouterr().err.strip()
+    assert says in told
+    assert "\n" not in told
+    assert "Traceback" not in told
+    assert out.exists() == (code == 1), "refused before anything is written"
+    if code == 1:
+        assert "try a lower training.lr" in told
+        assert not (out / "receipt.json").exists()
+
+
+# ---------------------------------------------------------------------------------------------- eight modes (T20)
+
+SCHEDULE = NoiseSchedule.create("linear", 1000)
+CENTRES = torch.tensor([[0.75, 0.55], [0.75, -0.55]])
+"""The target's: two modes of the ring, moved."""
+
+
+def few(seed: int) -> ImageData:
+    """Ten points of the target."""
+    points = targets(10, seed)
+    pixels = ((points + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return ImageData("two", "train", pixels.view(10, 2, 1, 1), torch.zeros(10, dtype=torch.int64), ("only",))
+
+
+def targets(count: int, seed: int) -> Tensor:
+    return CENTRES[torch.arange(count) % 2] + 0.05 * torch.randn(count, 2, generator=generator(seed))
+
+
+def discrepancy(a: Tensor, b: Tensor) -> float:
+    """Squared MMD of (N, 2) under a Gaussian kernel as wide as the modes are apart."""
+
+    def kernel(x: Tensor, y: Tensor) -> Tensor:
+        return (-torch.cdist(x, y).square() / (2 * 0.3**2)).exp().mean()
+
+    return float(kernel(a, a) + kernel(b, b) - 2 * kernel(a, b))
+
+
+@pytest.fixture(scope="module")
+def ring() -> Denoiser:
+    """A small network trained on the ring until it knows it: by the exact prediction at every noise level."""
+    steps = 1500
+    world = GaussianMixtureWorld.ring(num_classes=1, components_per_class=8, radius=0.7, std=0.05)
+    exact = analytic_denoiser(world, SCHEDULE)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = MLPStudent(1, (2, 1, 1), 1000, width=64, depth=2)
+        update = torch.optim.Adam(network.parameters(), lr=2e-3)
+        fall = torch.optim.lr_scheduler.LambdaLR(update, lambda step: 1 - step / steps)
+        labels = torch.zeros(256, dtype=torch.int64)
+        for _ in range(steps):
+            x0, t = world.sample(labels).float(), torch.randint(0, 1000, (256,))
+            x_t = SCHEDULE.add_noise(x0, torch.randn_like(x0), t)
+            update.zero_grad()
+            (network(x_t, t, labels) - exact(x_t, t, labels)).square().mean().backward()
+            update.step()
+            fall.step()
+    return Denoiser(network, SCHEDULE, 1, (2, 1, 1))
+
+
+def drawn(student: Denoiser) -> Tensor:
+    with student.evaluating():
+        labels = torch.zeros(1000, dtype=torch.int64)
+        return draw(student, labels, Constant(1.0), noise_source((2, 1, 1), 5, 0, 1000)).flatten(1)
+
+
+def adapt(ring: Denoiser, folder: Path, seed: int, **options: Any) -> tuple[float, float, float]:
+    """Discrepancy from the target before and after, and the spread of what is drawn, with ten points."""
+    settings: dict[str, Any] = {"sigma_max": 10.0, "steps": 3, "student_every": 5, "gan": "none", **options}
+    bench = Roles(ring, **settings)
+    bench.__dict__["data"] = few(seed)
+    chosen = {"lr": 5e-4, "decay": "none", "weight_decay": 0.0, "ema_decay": 0.9, "log_every": 200}
+    trainer = bench.trainer(folder, steps=1500, **chosen)
+    wanted = targets(1000, 99)
+    before = discrepancy(drawn(trainer.arms[0].student), wanted)
+    trainer.run()
+    end = drawn(trainer.arms[0].student)
+    return before, discrepancy(end, wanted), float(end.var(0).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_ring_moves_to_two_new_modes_by_ten_points(ring: Denoiser, tmp_path: Path, seed: int) -> None:
+    """The MLPs have no encoder, so it is the target teacher's work; matching the source alone stays where it was."""
+    before, after, spread = adapt(ring, tmp_path / "both", seed, target_weight=0.75)
+    _, source, _ = adapt(ring, tmp_path / "source", seed, target_teacher="none")
+    assert after < 0.5 * before
+    assert after < 0.7 * source
+    assert spread > 0.1, "both modes: of one the variance is 0.005"
