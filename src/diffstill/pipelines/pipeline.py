@@ -51,7 +51,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         guided: bool = True,
         default_guidance: str = "2",
         id2label: dict[str, str] | None = None,
-        time_index: dict[str, int] | None = None,
+        time_index: dict[str, int] | dict[str, float] | None = None,
         guidance_range: dict[str, float] | None = None,
     ) -> None:
         super().__init__()
