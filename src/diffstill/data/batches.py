@@ -38,7 +38,7 @@ def batch_indices(count: int, seed: int, images_seen: int, batch: int) -> Tensor
 
 
 class ImageStore:
-    """Images and labels where the step needs them: on the device as uint8 when they fit, in host memory otherwise.
+    """Images and labels where the step needs them: on the device when they fit, else in host memory.
 
     Args:
         resident_limit: bytes up to which the images are kept on an accelerator (CIFAR is 150 MB).
@@ -46,7 +46,7 @@ class ImageStore:
 
     def __init__(self, data: ImageData, device: torch.device, resident_limit: int = 2 << 30) -> None:
         self.device = device
-        self.resident = device.type == "cpu" or data.images.numel() <= resident_limit
+        self.resident = device.type == "cpu" or data.images.nbytes <= resident_limit
         where = device if self.resident else torch.device("cpu")
         self.images, self.labels = data.images.to(where), data.labels.to(where)
 
@@ -54,7 +54,7 @@ class ImageStore:
         return len(self.labels)
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) uint8 and labels (B,) int64 on the device."""
+        """Images (B, C, H, W) as they are stored and labels (B,) int64 on the device."""
         if self.device.type == "cuda" and self.resident:
             # From pinned memory the copy does not wait for the device.
             index = index.pin_memory().to(self.device, non_blocking=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,10 +19,11 @@ class ImageData:
     images: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
+    dtype: ClassVar[torch.dtype] = torch.uint8
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8 or self.images.ndim != 4:
-            raise ValueError("images must be (N, C, H, W) uint8")
+        if self.images.dtype != self.dtype or self.images.ndim != 4:
+            raise ValueError(f"images must be (N, C, H, W) {str(self.dtype).removeprefix('torch.')}")
         if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
             raise ValueError("labels must be (N,) int64, one an image")
 
@@ -39,7 +41,7 @@ class ImageData:
         return int(c), int(h), int(w)
 
     def subset(self, index: Tensor, split: str | None = None) -> ImageData:
-        return ImageData(self.name, split or self.split, self.images[index], self.labels[index], self.class_names)
+        return replace(self, split=split or self.split, images=self.images[index], labels=self.labels[index])
 
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) over shape, pixels and labels."""
@@ -47,6 +49,12 @@ class ImageData:
         digest.update(self.images.contiguous().numpy().tobytes())
         digest.update(self.labels.contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+class LatentData(ImageData):
+    """What an autoencoder makes of images: (N, C, h, w) float32 of any range, in the place of pixels."""
+
+    dtype = torch.float32
 
 
 def to_float(images: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -18,7 +19,7 @@ from .compiled import compiled_fault
 from .ema import Ema
 from .runtime import Runtime
 from .settings import TrainSettings
-from .state import pack_optimizer, unpack_optimizer
+from .state import frozen_names, load_own, own_state, pack_optimizer, unpack_optimizer
 
 
 class Arm:
@@ -38,10 +39,15 @@ class Arm:
         self.failed: str | None = None
         self.alarm = False
         self.ema: dict[str, Ema] = {}
+        self._frozen: dict[str, frozenset[str]] = {}
+        """Parameters of each role that never change (the base of a LoRA): no checkpoint holds them."""
         for role, network in list(method.roles.items()):
             runtime.place(network, runtime.channels_last(settings.channels_last))
+            self._frozen[role] = frozen_names(network)
             if method.role_optimizers[role].ema:
                 self.ema[role] = Ema(network, settings.ema_decay, settings.ema_cap)
+            if settings.gradient_checkpointing:
+                checkpoint_activations(network)
             method.replace_role(role, runtime.wrap(network))
         for module in method.frozen.values():
             runtime.place(module, channels_last=False)
@@ -211,7 +217,8 @@ class Arm:
         }
         saved |= {f"memory/{name}": value for name, value in self.method.memory.items()}
         for role, network in self.method.roles.items():
-            saved |= {f"role/{role}/{key}": value for key, value in unwrap(network).state_dict().items()}
+            own = own_state(unwrap(network), self._frozen[role])
+            saved |= {f"role/{role}/{key}": value for key, value in own.items()}
         for role, ema in self.ema.items():
             saved |= {f"ema/{role}/{key}": value for key, value in ema.state().items()}
         saved |= {f"sum/{name}": value for name, value in self.sums.items()}
@@ -234,7 +241,7 @@ class Arm:
 
         try:
             for role, network in self.method.roles.items():
-                unwrap(network).load_state_dict(part(f"role/{role}/"), strict=True)
+                load_own(unwrap(network), self._frozen[role], part(f"role/{role}/"))
             for role, ema in self.ema.items():
                 ema.load(part(f"ema/{role}/"), meta["ema_updates"][role])
             for phase, optimizer in self.optimizers.items():
@@ -253,6 +260,13 @@ class Arm:
         self.sums = {name: value.to(device) for name, value in part("sum/").items()}
         self.counts, self.seconds = meta["counts"], meta["seconds"]
         self.alarm, self.failed = meta["alarm"], meta["failed"]
+
+
+def checkpoint_activations(network: nn.Module) -> None:
+    """Has those of diffusers' networks inside that can compute activations again in the backward pass do so."""
+    for module in network.modules():
+        if isinstance(module, ModelMixin) and module._supports_gradient_checkpointing:
+            module.enable_gradient_checkpointing()
 
 
 def union_of_needs(arms: list[Arm]) -> frozenset[str]:

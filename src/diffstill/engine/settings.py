@@ -36,6 +36,9 @@ class TrainSettings(BaseModel):
     teacher_reuse: int = Field(
         1, ge=1, description="student updates that each computed teacher output serves (docs/decisions.md: its price)"
     )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, a third more arithmetic"
+    )
     compile: Literal["auto", True, False] = Field(
         "auto", description="torch.compile; auto: long runs, on CUDA; on a CPU the teacher alone"
     )

@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..disk import file_sha256, sync
 from ..errors import RunFailed
@@ -129,6 +129,28 @@ def _candidates(folder: Path) -> list[Path]:
 
 def _content_sha256(state: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def own_state(network: nn.Module, others: Set[str]) -> dict[str, Tensor]:
+    """A network's state without the parameters ``others``, which are kept elsewhere or never change."""
+    return {name: value for name, value in network.state_dict().items() if name not in others}
+
+
+def load_own(network: nn.Module, others: Set[str], tensors: Mapping[str, Tensor]) -> None:
+    """Restores what ``own_state`` gave.
+
+    Raises:
+        RuntimeError: tensors that are missing, too many or of another shape.
+    """
+    state = network.state_dict()
+    if both := others & tensors.keys():
+        raise RuntimeError(f"{sorted(both)[0]} is not trained here")
+    network.load_state_dict({**{name: state[name] for name in others}, **tensors}, strict=True)
+
+
+def frozen_names(network: nn.Module) -> frozenset[str]:
+    """The parameters that ask for no gradient."""
+    return frozenset(name for name, p in network.named_parameters() if not p.requires_grad)
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -75,7 +75,7 @@ class BatchStream:
         draws = Draws(self.seed, images_seen, self.batch_size, self.part, self.device)
         index = batch_indices(len(self.store), self.seed, images_seen, self.batch_size)[self.part]
         pixels, labels = self.store.take(index)
-        x0 = to_float(pixels)
+        x0 = pixels if pixels.is_floating_point() else to_float(pixels)  # latents are what the model sees
         if self.flip:
             mirrored = (draws.uniform("flip") < 0.5).view(-1, 1, 1, 1)
             x0 = torch.where(mirrored, x0.flip(-1), x0)

@@ -33,7 +33,7 @@ from ..diffusion.schedule import NoiseSchedule
 from ..errors import InputError
 from ..models.adapters import unwrap
 from ..models.denoiser import Denoiser
-from ..models.features import Heads, encode_features, encoder_taps, feature_shapes
+from ..models.features import Heads, encode_features, encoder_blocks, encoder_taps, feature_shapes
 from .base import Batch, Losses, Options, Phase, PhasedMethod, RoleOptimizer, Setting, TeacherOutputs, register
 from .distillation import require_teacher
 
@@ -75,8 +75,10 @@ class UniDadOptions(Options):
     gan_critic_weight: float = Field(0.03, ge=0, description="of the GAN in the critic's loss")
     r1: float = Field(0.0, ge=0, description="gamma of the R1 penalty on real images")
     gradient_penalty: float = Field(10.0, ge=0, description="of wgan")
-    taps: Literal["all", "last"] | int | tuple[str, ...] = Field(
-        "all", description="encoder blocks with a head: all, last (the middle), the last k, or names"
+    taps: Literal["all", "blocks", "last"] | int | tuple[str, ...] = Field(
+        "all",
+        description="encoder blocks with a head: all; blocks (each stage after its downsampling, and the middle); "
+        "last (the middle); the last k; or names",
     )
     head: Literal["linear", "conv"] = Field("linear", description="linear: 1x1 convolution; conv: DMD2's")
     pool: Literal["global", "patch"] = Field("global", description="of a head's logits")
@@ -202,6 +204,8 @@ class UniDad(PhasedMethod):
             )
         if asked == "all":
             return known
+        if asked == "blocks":
+            return tuple(encoder_blocks(self.critic.network))
         if asked == "last" or isinstance(asked, int):
             return known[-1:] if asked == "last" else known[-min(asked, len(known)) :]
         for name in asked:

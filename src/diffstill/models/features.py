@@ -74,11 +74,17 @@ def encoder_taps(network: nn.Module) -> dict[str, nn.Module]:
     return family_of(inner).taps(inner)
 
 
+def encoder_blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """The encoder's stages after their downsampling and the middle by name: a coarser choice of taps."""
+    inner = unwrap(network)
+    return family_of(inner).blocks(inner)
+
+
 def encode_features(
     denoiser: Denoiser, x_t: Tensor, t: Tensor, labels: Tensor, names: tuple[str, ...]
 ) -> dict[str, Tensor]:
     """Outputs (B, C, h, w) float32 of the taps ``names``; what follows after the last of them is not run."""
-    taps = encoder_taps(denoiser.network)
+    taps = encoder_blocks(denoiser.network) | encoder_taps(denoiser.network)
     plain = denoiser.with_network(unwrap(denoiser.network))
     with tapped(plain.network, stages={name: taps[name] for name in names}, stop_at=names[-1]) as features:
         plain(x_t, t, labels)

@@ -72,10 +72,10 @@ def load_model(source: str | Path, device: str | torch.device = "cpu", *, has_nu
     Raises:
         InputError: one line, for a missing, foreign, damaged or pickled file, or weights that do not fit or are NaN.
     """
-    folder = _resolve(str(source))
-    index = _read_json(folder, "model_index.json")
+    folder = resolve(str(source))
+    index = read_json(folder, "model_index.json")
     network = _load_network(folder, index)
-    schedule, prediction_type = _load_schedule(folder)
+    schedule, prediction_type = load_schedule(folder)
     num_classes, guided = _classes(folder, index, network, has_null)
     shape = _sample_shape(folder, network)
     lineage = _load_lineage(folder, network)
@@ -108,7 +108,15 @@ def _why(error: Exception) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
-def _resolve(source: str) -> Path:
+PATTERNS = ("*.json", "*.safetensors", "*.py", "README.md", "grid.png")
+
+
+def resolve(source: str, patterns: Sequence[str] = PATTERNS, ignore: Sequence[str] = ()) -> Path:
+    """The folder of a model, downloaded where ``source`` is a hub id.
+
+    Args:
+        patterns, ignore: of the files that are fetched, and that are not.
+    """
     path = Path(source)
     if path.is_file():
         if path.suffix in PICKLES:
@@ -122,14 +130,13 @@ def _resolve(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.py", "README.md", "grid.png"]
-        return Path(snapshot_download(source, allow_patterns=patterns))
+        return Path(snapshot_download(source, allow_patterns=list(patterns), ignore_patterns=list(ignore)))
     except Exception as error:  # the hub's client raises many kinds; each means the same to the user
         problem = f"is no folder here, and the hub did not deliver it ({type(error).__name__})"
         raise _bad(path, problem, "check the spelling and the network, or download the folder first") from error
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -152,7 +159,7 @@ def _load_network(folder: Path, index: dict[str, Any]) -> Any:
         raise _bad(folder, f"holds {held}", mend)
     part = found[0]
     state = _load_weights(folder / part)
-    config = _read_json(folder, f"{part}/config.json")
+    config = read_json(folder, f"{part}/config.json")
     network_class: Any = known[part]
     try:
         with torch.random.fork_rng(devices=[]):  # building draws weights that are overwritten at once
@@ -197,8 +204,8 @@ def _moved(network: Any, device: str | torch.device) -> Any:
         raise InputError("device", str(device), f"use cpu, or a device that torch sees ({_why(error)})") from error
 
 
-def _load_schedule(folder: Path) -> tuple[NoiseSchedule, PredictionType]:
-    config = _read_json(folder, "scheduler/scheduler_config.json")
+def load_schedule(folder: Path) -> tuple[NoiseSchedule, PredictionType]:
+    config = read_json(folder, "scheduler/scheduler_config.json")
     name = str(config.get("_class_name"))
     own = {made.__name__: made for made in SCHEDULERS.values()}
     scheduler_class: Any = own.get(name) or getattr(diffusers, name, None)
@@ -259,7 +266,7 @@ def _load_scale_range(folder: Path, index: dict[str, Any], network: Any) -> tupl
 
 
 def _load_end(folder: Path) -> tuple[Tensor, Tensor]:
-    abar: Any = _read_json(folder, "scheduler/scheduler_config.json").get("final_alpha_cumprod")
+    abar: Any = read_json(folder, "scheduler/scheduler_config.json").get("final_alpha_cumprod")
     if type(abar) not in (int, float) or not 0 <= abar < 1:
         raise _bad(folder, f"is an encoder whose last step ends at final_alpha_cumprod {abar}")
     level = torch.tensor([abar], dtype=torch.float64)
@@ -287,7 +294,7 @@ def _load_lineage(folder: Path, network: Any) -> Lineage | None:
     if not (folder / "lineage.json").exists():
         return None
     try:
-        lineage = Lineage.model_validate(_read_json(folder, "lineage.json"))
+        lineage = Lineage.model_validate(read_json(folder, "lineage.json"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])

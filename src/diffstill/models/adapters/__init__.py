@@ -10,17 +10,20 @@ from . import guided_unet2d, unet2d_condition
 from .base import Family, unwrap
 from .dit import DIT
 from .guided_unet2d import GUIDED_UNET2D
+from .prompted_unet import PROMPTED_UNET
 from .unet2d import UNET2D
 from .unet2d_condition import UNET2D_CONDITION
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (GUIDED_UNET2D, UNET2D, UNET2D_CONDITION, DIT)}
 """The special before the general: the first whose class a network is an instance of is its family."""
+NOT_BUILT = (PROMPTED_UNET,)
+"""Families whose networks are loaded and never built from a recipe."""
 
 
 def family_of(network: nn.Module) -> Family:
     """The adapter of a network; networks of unknown class are called as ``network(x_t, t, labels)``."""
     inner = unwrap(network)
-    for family in FAMILIES.values():
+    for family in (*NOT_BUILT, *FAMILIES.values()):
         if isinstance(inner, family.network_class):
             return family
     return Family(name=type(inner).__name__, network_class=type(inner))

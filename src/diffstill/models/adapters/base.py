@@ -56,5 +56,7 @@ class Family:
     taps: Callable[[nn.Module], dict[str, nn.Module]] = _no_stages
     """The encoder's blocks and the middle one, from input to output: where a discriminator may look. After the last of
     them the decoder follows."""
+    blocks: Callable[[nn.Module], dict[str, nn.Module]] = _no_stages
+    """A coarser choice of taps: the encoder's stages, each after its downsampling, and the middle."""
     last: Callable[[nn.Module], nn.Module | None] = _no_last
     """The layer that makes the prediction, whose rounding is the prediction's."""

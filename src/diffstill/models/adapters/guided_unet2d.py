@@ -49,6 +49,7 @@ GUIDED_UNET2D = Family(
     build=build,
     stages=unet2d.stages,
     taps=unet2d.taps,
+    blocks=unet2d.blocks,
     last=unet2d.last,
     options={**unet2d.UNET2D.options, **OPTIONS},
 )

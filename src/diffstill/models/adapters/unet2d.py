@@ -95,6 +95,11 @@ def taps(network: Any) -> dict[str, nn.Module]:
     return named
 
 
+def blocks(network: Any) -> dict[str, nn.Module]:
+    """The down stages and the middle."""
+    return {name: block for name, block in stages(network).items() if name == "mid" or name.startswith("down.")}
+
+
 def last(network: Any) -> nn.Module:
     made: nn.Module = network.conv_out
     return made
@@ -107,6 +112,7 @@ UNET2D = Family(
     build=build,
     stages=stages,
     taps=taps,
+    blocks=blocks,
     last=last,
     options={
         "block_out_channels": None,

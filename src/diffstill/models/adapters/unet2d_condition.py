@@ -91,6 +91,7 @@ UNET2D_CONDITION = Family(
     build=build,
     stages=unet2d.stages,
     taps=unet2d.taps,
+    blocks=unet2d.blocks,
     last=unet2d.last,
     options={**unet2d.UNET2D.options, "time_cond_proj_dim": None},
 )
