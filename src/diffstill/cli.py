@@ -83,6 +83,7 @@ def _quieten() -> None:
     """Chatter of the libraries underneath is no news to the user."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read when it is first imported
     for name in ("diffusers", "accelerate", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

@@ -174,6 +174,17 @@ class Cost(Result):
     device: str = "cpu"
 
 
+class SubjectFigures(Result):
+    """Of a text-to-image model of one subject: how near its pictures come to the few, and how varied they are.
+
+    Distances are root mean squares of pixels on [-1, 1]: they tell copies and collapse, not likeness."""
+
+    samples: int
+    nearest: Estimate = Field(description="mean distance of samples to the nearest training image; 0 copies")
+    spread: float | None = Field(description="mean distance of pairs of samples; 0 where all are one picture")
+    real_spread: float | None = Field(description="the same of the training images; null for a single one")
+
+
 class ModelEvaluation(Result):
     """All that was measured of one model."""
 
@@ -190,6 +201,7 @@ class ModelEvaluation(Result):
     sweep: list[ScalePoint] = []
     fidelity: Fidelity | None = None
     encoding: Encoding | None = Field(None, description="of an encoder, which draws no images")
+    subject: SubjectFigures | None = Field(None, description="of a text-to-image model adapted to one subject")
     images: dict[str, str] = Field({}, description="picture name -> path relative to the run folder")
 
     @property

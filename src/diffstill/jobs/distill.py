@@ -36,6 +36,7 @@ from .build import (
 from .finish import Subject, evaluator_for, few_steps_subjects, finish_run, teacher_subjects
 from .folder import RunFolder
 from .stage import Planned, run_stage, summarise
+from .subject import distill_subject
 from .train import Finished, save_trained, train_teacher
 from .ui import Ui
 
@@ -64,6 +65,9 @@ def teacher_data(upstream: TrainRecipe, recipe: DistillRecipe, data: DataSplits)
 
 def blank_teacher(recipe: DistillRecipe, data: DataSplits) -> Teacher:
     """The teacher as far as it is known before it is trained: a finished model, or its recipe's untrained network."""
+    if recipe.teacher.pipeline is not None:
+        problem = "is a text-to-image pipeline, which this command does not take"
+        raise InputError("teacher.pipeline", recipe.teacher.pipeline, "use diffstill distill", problem=problem)
     upstream = teacher_recipe(recipe)
     if upstream is None:
         return respaced(open_teacher(recipe.teacher.model or ""), recipe.respace)
@@ -199,6 +203,8 @@ def distill(
         InputError: data, networks or folder that do not fit, before anything is written.
         RunFailed, Interrupted: see ``Trainer.run``.
     """
+    if recipe.teacher.pipeline is not None:
+        return distill_subject(recipe, out, runtime, ui, fresh=fresh)
     data = load_data(recipe.data)
     blank = blank_teacher(recipe, data)
     _, method = prepare_student(recipe, data, blank)

@@ -19,6 +19,8 @@ CORE = ("torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "p
 EXTRAS = {
     "torch-fidelity": ("eval", "FID by the 2015-12-05 Inception network"),
     "datasets": ("data", "data from the hub (hub:NAME)"),
+    "transformers": ("text", "text-to-image teachers (teacher.pipeline)"),
+    "peft": ("lora", "LoRA on a shared base (lora)"),
     "pyarrow": ("parquet", "data from parquet files"),
 }
 

@@ -12,10 +12,11 @@ from ..engine.settings import TrainSettings
 from ..evaluation.cost import TrainingForecast, predict_cost
 from ..methods import Method, Setting
 from ..models.denoiser import Denoiser
-from ..recipe import AnyRecipe, ArmSpec, ChainRecipe, TrainRecipe, resolved, to_yaml
+from ..recipe import AnyRecipe, ArmSpec, ChainRecipe, DistillRecipe, TrainRecipe, resolved, to_yaml
 from .build import build_arm, build_denoiser, build_method, check_run
 from .distill import blank_teacher, prepare_student, teacher_recipe
 from .stages import StageData, check_stages, stages_of
+from .subject import prepare
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,11 @@ def plan(recipe: AnyRecipe, runtime: Runtime, arms: Mapping[str, ArmSpec] | None
     """
     if isinstance(recipe, ChainRecipe):
         return Plan(recipe, _plan_chain(recipe, runtime))
-    data = load_data(recipe.data)
     settings = recipe.training
+    if isinstance(recipe, DistillRecipe) and recipe.teacher.pipeline is not None and arms is None:
+        made = prepare(recipe, runtime)
+        return Plan(recipe, {recipe.name: (_forecast(made.method, made.teacher, settings, runtime), settings.images)})
+    data = load_data(recipe.data)
     if isinstance(recipe, TrainRecipe):
         denoiser = build_denoiser(
             recipe.network, data.shape, data.num_classes, recipe.schedule.build(), recipe.prediction_type, recipe.seed

@@ -73,7 +73,7 @@ def save_model(
     family = family_of(denoiser.network)
     _check_saveable(denoiser, family, final, class_names, default_guidance)
     network: Any = unwrap(denoiser.network)
-    state = {name: _as_saved(tensor) for name, tensor in network.state_dict().items()}
+    state = {name: as_saved(tensor) for name, tensor in network.state_dict().items()}
     if broken := not_finite(state):
         raise RunFailed(f"the weights are not finite ({broken}); nothing was written to {final}")
     lineage = lineage.model_copy(
@@ -87,7 +87,7 @@ def save_model(
         network.save_config(part)
         save_file(state, part / f"{WEIGHTS}.safetensors", metadata={"format": "pt"})
         _write_scheduler(denoiser, beside / "scheduler")
-        _write_json(beside / "model_index.json", _index(denoiser, class_names, guided, default_guidance))
+        write_json(beside / "model_index.json", _index(denoiser, class_names, guided, default_guidance))
         (beside / "pipeline.py").write_text(travelling_source(__version__), encoding="utf-8")
         for component, (module, _) in _travelling(denoiser).items():
             (beside / component / f"{module}.py").write_text(component_source(module, __version__), encoding="utf-8")
@@ -98,7 +98,7 @@ def save_model(
             save_file(tensors, beside / "curriculum.safetensors", metadata=meta)
         write_card(beside, figures=figures, grid=card_images)
         sync_tree(beside)
-        _swap(beside, final)
+        swap(beside, final)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise RunFailed(f"the model folder {final} cannot be written: {error}") from error
@@ -183,17 +183,17 @@ def _schedule_meta(schedule: NoiseSchedule) -> dict[str, str]:
     return {"T": str(schedule.T), "schedule": schedule.name, "schedule_fingerprint": schedule.fingerprint()}
 
 
-def _as_saved(tensor: Tensor) -> Tensor:
+def as_saved(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu()
     # A fresh contiguous copy: safetensors refuses views that share storage, and channels_last is a runtime matter.
     return (tensor.float() if tensor.is_floating_point() else tensor).clone(memory_format=torch.contiguous_format)
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _swap(beside: Path, final: Path) -> None:
+def swap(beside: Path, final: Path) -> None:
     """Puts ``beside`` in the place of ``final``; the older model stays whole until the newer one stands."""
     old = final.parent / f".{final.name}.replaced"
     shutil.rmtree(old, ignore_errors=True)

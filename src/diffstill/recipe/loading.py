@@ -174,7 +174,7 @@ _SWITCHED = {
     "method": ("name",),
     "student": ("family",),
     "network": ("family",),
-    "teacher": ("model", "recipe"),
+    "teacher": ("model", "recipe", "pipeline"),
 }
 """Keys by whose change a section starts anew."""
 

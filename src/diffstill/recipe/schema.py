@@ -166,10 +166,14 @@ class EvaluationSpec(Section):
 
 
 class TeacherSpec(Section):
-    """Where the teacher comes from: a model folder or hub id, or a recipe that trains it first."""
+    """Where the teacher comes from: a model folder or hub id, a recipe that trains it first, or a text-to-image
+    pipeline."""
 
     model: str | None = None
     recipe: str | None = None
+    pipeline: str | None = Field(
+        None, description="a Stable Diffusion 1.x pipeline, a folder or hub id, adapted to one subject (prompts)"
+    )
     overrides: dict[str, Any] = Field({}, description="dotted overrides of the teacher's recipe")
     data: Literal["student", "own"] = Field(
         "student", description="what a recipe trains it on: the student's data, or its recipe's own (another domain)"
@@ -177,9 +181,29 @@ class TeacherSpec(Section):
 
     @model_validator(mode="after")
     def _one(self) -> TeacherSpec:
-        if (self.model is None) == (self.recipe is None):
-            raise ValueError("give either model (a folder or hub id) or recipe (trained first)")
+        if sum(given is not None for given in (self.model, self.recipe, self.pipeline)) != 1:
+            raise ValueError("give either model (a folder or hub id) or recipe (trained first), or pipeline")
         return self
+
+
+class PromptSpec(Section):
+    """What the models of a text-to-image run are shown."""
+
+    source: str = Field(description="the class, for the source teacher: a dog")
+    target: str = Field(description="the subject, for all others: the class with a rare token, a prt dog")
+    negative: str = Field("", description="what guidance leads away from, for all")
+
+
+class LoraSpec(Section):
+    """Low-rank adapters over one shared, frozen U-Net instead of a trained U-Net for each role."""
+
+    rank: int = Field(8, ge=1, description="of each adapter")
+    alpha: int = Field(8, ge=1, description="the adapters' scale is alpha / rank")
+    targets: tuple[str, ...] = Field(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        min_length=1,
+        description="layers that get one, by the ends of their names",
+    )
 
 
 class RespaceSpec(Section):
@@ -280,6 +304,26 @@ class DistillRecipe(Base):
         {}, description="students trained in the same pass and measured beside this one, not saved"
     )
     arena: ArenaSpec = ArenaSpec()
+    prompts: PromptSpec | None = Field(None, description="of a text-to-image teacher (teacher.pipeline)")
+    lora: LoraSpec | None = Field(None, description="of a text-to-image teacher; null: whole networks are trained")
+
+    @model_validator(mode="after")
+    def _text_to_image(self) -> DistillRecipe:
+        if self.teacher.pipeline is None:
+            if self.prompts is not None or self.lora is not None:
+                raise ValueError("prompts and lora are for a text-to-image teacher; name one: teacher.pipeline")
+            return self
+        if self.prompts is None:
+            raise ValueError("prompts: say what the models are shown, e.g. {source: a dog, target: a prt dog}")
+        if self.method.name != "unidad":
+            raise ValueError(f"method {self.method.name!r} has no text-to-image form; use unidad")
+        if self.student.family != AS_TEACHER or self.student.options or self.student.init not in (None, "inherit"):
+            raise ValueError("student: of a text-to-image teacher it is its copy; write student: {family: teacher}")
+        if self.respace is not None or self.beside or self.arena.arms:
+            raise ValueError("respace, beside and arena have no text-to-image form; leave them out")
+        if self.lora is not None and self.roles:
+            raise ValueError("roles: with lora all start from the teacher, whose weights they share; leave one out")
+        return self
 
     @model_validator(mode="after")
     def _named(self) -> DistillRecipe:

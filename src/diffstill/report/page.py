@@ -128,6 +128,7 @@ def _tables(receipt: Receipt) -> list[views.Table]:
             for role, f in fidelities.items()
         ),
         views.cost_table(receipt.models),
+        views.subject_table(receipt.models),
         views.training_table(receipt),
         views.lineage_table(receipt),
     ]
