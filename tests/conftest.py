@@ -32,3 +32,27 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "run"
     assert main(["distill", "digits-dash", *TINY, "--out", str(out), "--quiet"]) == 0
     return out
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny text-to-image pipeline."""
+    from tiny_sd import build_pipeline
+
+    return build_pipeline(tmp_path_factory.mktemp("sd"))
+
+
+@pytest.fixture(scope="session")
+def tiny_subjects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of two subjects, three images each."""
+    from tiny_sd import build_subjects
+
+    return build_subjects(tmp_path_factory.mktemp("subjects"))
+
+
+@pytest.fixture(scope="session")
+def tiny_subject(tiny_pipeline: Path, tiny_subjects: Path) -> list[str]:
+    """The recipe of a text-to-image run of seconds, and its overrides."""
+    from tiny_sd import overrides
+
+    return overrides(tiny_pipeline, tiny_subjects)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,13 +11,22 @@ from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNe
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffstill.engine.runtime import Runtime
+from diffstill.engine.stream import BatchStream
+from diffstill.jobs.subject import Prepared, prepare
+from diffstill.methods import Batch
+from diffstill.recipe import DistillRecipe, load_recipe
+
 TOKENS = 12
 SIDE, LATENT = 32, 16
 """Of the images in pixels and of their latents."""
+IMAGES = 3
+"""Of each subject."""
+LOW_RANK = "lora.rank=2"
 WORDS = ("a", "dog", "prt", "cat", "photo", "of")
 
 
-def tokenizer(folder: Path) -> CLIPTokenizer:
+def tokenizer() -> CLIPTokenizer:
     """Byte-pair encoding over single letters and a few whole words."""
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
     vocab = [*letters, *(letter + "</w>" for letter in letters)]
@@ -34,10 +44,10 @@ def tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def build_pipeline(folder: Path, seed: int = 0) -> Path:
-    """The folder of a whole pipeline: 3 million times smaller than Stable Diffusion in what it knows."""
+    """The folder of a whole pipeline."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        words = tokenizer(folder)
+        words = tokenizer()
         text = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=len(words),
@@ -63,8 +73,8 @@ def build_pipeline(folder: Path, seed: int = 0) -> Path:
         unet = UNet2DConditionModel(
             sample_size=LATENT,
             block_out_channels=(16, 16, 32, 32),
-            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            down_block_types=("DownBlock2D",) * 2 + ("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D") + ("UpBlock2D",) * 2,
             layers_per_block=1,
             cross_attention_dim=16,
             attention_head_dim=4,
@@ -87,7 +97,7 @@ def build_pipeline(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def build_subjects(root: Path, subjects: tuple[str, ...] = ("cat2", "dog6"), images: int = 3) -> Path:
+def build_subjects(root: Path, subjects: tuple[str, ...] = ("cat2", "dog6"), images: int = IMAGES) -> Path:
     """A folder of subjects with a few images each: blobs of the subject's colour."""
     rng = np.random.default_rng(0)
     for number, subject in enumerate(subjects):
@@ -97,3 +107,39 @@ def build_subjects(root: Path, subjects: tuple[str, ...] = ("cat2", "dog6"), ima
             pixels[8 + 4 * i : 24 + 4 * i, 10:30, number % 3] += 150
             Image.fromarray(pixels).save(root / subject / f"{i:02}.png")
     return root
+
+
+def overrides(pipeline: Path, subjects: Path) -> list[str]:
+    """The built-in recipe on a tiny pipeline and few steps."""
+    return [
+        "subject-sd15", f"teacher.pipeline={pipeline}", f"data.source=folder:{subjects}",
+        "training.images=12", "training.checkpoint_every=2", "training.warmup_images=0", "training.log_every=1",
+        "training.lr=1e-3", "method.student_every=2",
+        "evaluation.samples=20", "evaluation.steps=2", "evaluation.batch_size=20",
+    ]  # fmt: skip
+
+
+def recipe_of(tiny: list[str], *more: str) -> DistillRecipe:
+    recipe = load_recipe(tiny[0], [*tiny[1:], *more])
+    assert isinstance(recipe, DistillRecipe)
+    return recipe
+
+
+def prepared(tiny: list[str], *more: str) -> tuple[Prepared, Batch]:
+    """A run as it stands before its first step, its teacher frozen and asked, and its first batch."""
+    recipe = recipe_of(tiny, *more)
+    made = prepare(recipe, Runtime("cpu"))
+    stream = BatchStream(
+        made.encode(), made.method.schedule, batch_size=recipe.training.batch_size, seed=0, device=torch.device("cpu")
+    )
+    return made, stream.batch(0)
+
+
+def shaken(made: Prepared) -> Any:
+    """The method with a student that is no longer its teacher."""
+    method: Any = made.method
+    with torch.no_grad():
+        for parameter in method.roles["student"].parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.05)
+    return method

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +35,12 @@ def size_mb(network: nn.Module) -> float:
     """Parameters and buffers as they are stored now, in 10^6 bytes."""
     tensors = [*network.parameters(), *network.buffers()]
     return sum(t.numel() * t.element_size() for t in tensors) / MEGABYTE
+
+
+def held_bytes(networks: Iterable[nn.Module]) -> int:
+    """Bytes that some networks' parameters and buffers take together; what they share counts once."""
+    tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def count_flops(denoiser: Denoiser) -> float:

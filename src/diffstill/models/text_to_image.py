@@ -86,7 +86,7 @@ class TextToImage:
             ValueError: pixels outside [-1, 1], which have been scaled once too often or too little.
         """
         low, high = float(images.min()), float(images.max())
-        if not -1 <= low <= high <= 1 or high == low:
+        if not -1 <= low <= high <= 1:
             raise ValueError(f"pixels lie in [{low:g}, {high:g}]; they must lie in [-1, 1]")
         with _repeatable():
             means = [self.vae.encode(x[None].to(self.vae.device)).latent_dist.mode() for x in images]
