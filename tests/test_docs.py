@@ -200,6 +200,8 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "training": schema.TrainSettings,
     "evaluation": schema.EvaluationSpec,
     "teacher": schema.TeacherSpec,
+    "prompts": schema.PromptSpec,
+    "lora": schema.LoraSpec,
     "respace": schema.RespaceSpec,
     "arena": schema.ArenaSpec,
     "arm": schema.ArmSpec,

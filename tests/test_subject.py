@@ -25,6 +25,7 @@ from diffstill.data.dataset import to_float
 from diffstill.data.sources import DataSpec, load_data
 from diffstill.engine.arm import checkpoint_activations
 from diffstill.errors import InputError
+from diffstill.evaluation.cost import held_bytes
 from diffstill.jobs.subject import subject_data
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -176,6 +177,21 @@ def test_the_shared_base_never_moves(tiny_subject: list[str], tiny_pipeline: Pat
     assert {p.data_ptr() for p in made.teacher.network.parameters()} == set(base.values())
     state = load_file(tiny_pipeline / UNET)
     assert all(torch.equal(value, state[name]) for name, value in made.parts.unet.state_dict().items())
+
+
+def test_what_is_held_is_what_the_page_says(tiny_subject: list[str]) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "subject.md").read_text(encoding="utf-8")
+    held = []
+    for more in ((), ("lora.rank=8",)):
+        made, _ = prepared(tiny_subject, *more)
+        networks = [made.teacher.network, *(net for role, net in made.method.roles.items() if role != "heads")]
+        assert len(networks) == 4
+        held += [held_bytes(networks[:1]), held_bytes(networks)]
+    one, whole, base, low = held
+    assert one == base
+    assert low < 1.2 * one < whole
+    for figure in (one, whole, low):
+        assert f"{figure:,} bytes" in page
 
 
 def test_roles_may_start_from_other_pipelines(tiny_subject: list[str], tmp_path: Path) -> None:

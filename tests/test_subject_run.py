@@ -24,7 +24,7 @@ from torch import Tensor, nn
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.autoencoders.vae import Decoder, Encoder
 from processes import Nursery, until
 from tiny_sd import IMAGES, LOW_RANK, prepared, recipe_of, shaken
@@ -32,11 +32,14 @@ from tiny_sd import IMAGES, LOW_RANK, prepared, recipe_of, shaken
 from diffstill.cli import main
 from diffstill.data.batches import stream_seed
 from diffstill.diffusion.guidance import Constant
+from diffstill.diffusion.sampling import image_noise
 from diffstill.errors import InputError
 from diffstill.evaluation.sampling import draw
-from diffstill.jobs.subject import Prepared
+from diffstill.jobs.finish import GRID_SEED
+from diffstill.jobs.subject import Prepared, pictures
 from diffstill.models.lineage import Ancestor, DataRef, Lineage
 from diffstill.models.pipeline_folder import LORA, load_subject, save_pipeline
+from diffstill.models.text_to_image import load_pipeline
 from diffstill.recipe import DistillRecipe, resolved
 from diffstill.report.receipt import Receipt
 
@@ -230,6 +233,21 @@ def test_the_folders_run_where_diffstill_is_not(runs: dict[str, Run], tmp_path: 
         assert torch.equal(found[f"{name}/latents"], drawn)
         images = (parts.decode(drawn).clamp(-1, 1) + 1) / 2
         assert torch.allclose(found[f"{name}/images"].permute(0, 3, 1, 2), images, atol=1e-4)
+
+
+def test_the_teachers_pictures_are_stock_diffusers(tiny_subject: list[str], tiny_pipeline: Path) -> None:
+    """Guidance, DDIM and decoding of the teacher that the student is shown beside; nothing is clipped in latents."""
+    made, _ = prepared(tiny_subject)
+    drawn = pictures(made.teacher, load_pipeline(str(tiny_pipeline)), 3, steps=4, scale=7.5, batch_size=2)
+    pipe = StableDiffusionPipeline.from_pretrained(tiny_pipeline)
+    pipe.set_progress_bar_config(disable=True)
+    betas = made.teacher.schedule.betas.tolist()
+    pipe.scheduler = DDIMScheduler(trained_betas=betas, clip_sample=False, timestep_spacing="leading")
+    for i, ours in enumerate(drawn):
+        noise = image_noise((4, 16, 16), GRID_SEED, i, 1)
+        theirs = pipe("a dog", num_inference_steps=4, guidance_scale=7.5, latents=noise, output_type="np").images[0]
+        theirs = torch.from_numpy(theirs).permute(2, 0, 1) * 255
+        assert (theirs - ours).abs().max() <= 1
 
 
 def test_weights_that_the_lineage_does_not_know_are_refused(run: Run, tmp_path: Path) -> None:
