@@ -18,6 +18,7 @@ from diffstill.diffusion.schedule import NoiseSchedule
 from diffstill.errors import InputError
 from diffstill.methods import Setting
 from diffstill.methods.unidad import UniDad, UniDadOptions
+from diffstill.models.denoiser import Denoiser
 
 LINEAR = NoiseSchedule.create("linear", 1000)
 CHAINS = {1: [930], 2: [144, 930], 3: [144, 604, 930], 4: [144, 456, 728, 930]}
@@ -181,6 +182,25 @@ def test_levels_stay_within_what_the_teacher_knows_and_follow_the_images_side() 
     torch.testing.assert_close(
         own._levels[2].double(), time_of(karras_ratios(float(table[0]), 10), LINEAR), rtol=1e-6, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("times", ["nearest", "interpolate"])
+def test_a_teacher_of_fewer_steps_is_asked_at_the_whole_ones_times(times: Any) -> None:
+    """Its network was trained on those; so are student, critic and target teacher, which start from it."""
+    steps = torch.arange(9, 1000, 10)
+    whole = tiny_denoiser((8, 8), 1)
+    whole.schedule = LINEAR
+    few = whole.freeze().respaced(steps.tolist())
+    mine = Denoiser(tiny_denoiser((8, 8), 2).network, few.schedule, 3, (1, 8, 8))
+    made = UniDad(Setting(mine, few), UniDadOptions(sigma_max=80, target_teacher="none", times=times))
+    levels = karras_ratios(float(ratios(few.schedule)[0]), 80)
+    wanted = time_of(levels, few.schedule, times=steps, nearest=times == "nearest").to(made._levels[2].dtype)
+    assert torch.equal(made._levels[2], wanted)
+    assert made.student.time_index is not None
+    chain = geometric_ratios(80, 0.5, 3).flip(0)
+    known = time_of(chain, few.schedule, times=steps, nearest=times == "nearest")
+    torch.testing.assert_close(made.student.time_index, known.to(made.student.time_index.dtype))
+    assert (known - torch.tensor(CHAINS[3])).abs().max() <= 10
 
 
 @pytest.mark.parametrize("options", [{"sigma_end": 80}, {"sigma_end": 0.001}, {"sigma_max": 0.4}])

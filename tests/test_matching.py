@@ -281,6 +281,12 @@ def test_equal_estimates_give_zero_also_where_both_are_perfect(normalizer: Norma
     assert bool((same == 0).all())
 
 
+def test_an_error_of_nothing_counts_as_a_hundred_millionth() -> None:
+    """A teacher that knows the image by heart gives a large step, not an infinite one that is dropped."""
+    x = normals(2, 3)
+    torch.testing.assert_close(matching_gradient(x, x + 1e-3, x), torch.full_like(x, 1e5))
+
+
 def test_what_is_not_finite_is_no_step() -> None:
     x, critic, teacher = normals(3, 4, 3)
     critic[0, 0], teacher[1, 1], critic[2, 2] = math.nan, math.inf, -math.inf

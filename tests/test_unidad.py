@@ -167,7 +167,7 @@ def test_the_critics_loss_is_denoising_of_generated_images_and_telling_them_apar
         ).mean()
     assert float(losses.parts["critic"]) == pytest.approx(float(denoising), rel=1e-4)
     assert float(losses.parts["gan_critic"]) == pytest.approx(float(gan), rel=1e-4)
-    assert float(losses.total) == pytest.approx(float(denoising + 0.2 * gan), rel=1e-4)
+    assert losses.total.item() == pytest.approx(float(denoising + 0.2 * gan), rel=1e-4)
 
 
 def test_penalties_are_weighted_as_the_options_say() -> None:
@@ -189,7 +189,7 @@ def test_penalties_are_weighted_as_the_options_say() -> None:
         assert float(losses.parts[name]) == pytest.approx(float(value), rel=1e-3)
     parts = {name: float(value) for name, value in losses.parts.items()}
     whole = parts["critic"] + 0.5 * (parts["gan_critic"] + parts["r1"] + parts["gradient_penalty"])
-    assert float(losses.total) == pytest.approx(whole, rel=1e-4)
+    assert losses.total.item() == pytest.approx(whole, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------ denoising (T8, T9)
@@ -233,7 +233,7 @@ def test_the_target_teacher_learns_from_the_few_images_and_never_sees_generated_
     x_t, t, *_ = noised(batch.x0, batch, "target", HIGH)
     out = method._target(x_t, t, batch.labels)
     wanted = (out - batch.normal("target")).square().mean()
-    assert float(losses.total) == pytest.approx(float(wanted), rel=1e-4)
+    assert losses.total.item() == pytest.approx(wanted.item(), rel=1e-4)
     mine = slopes(method.roles["target_teacher"])
     assert [name for name in ("student", "critic", "heads") if slopes(method.roles[name])] == []
     other, batch = apart()
@@ -340,6 +340,17 @@ def asked(**options: Any) -> dict[str, int]:
         network.register_forward_pre_hook(counting(name))
     method.student_loss(batch)
     return counted
+
+
+def test_the_matching_keeps_no_graph_of_its_networks() -> None:
+    """Of three networks that would be a waste of memory, though nothing of it were used."""
+    method, batch = apart(gan="none")
+    modes: list[bool] = []
+    for model in (method.teacher, method._target, method.critic):
+        model.network.requires_grad_(True).register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    _, slope = method.matching(batch.x0, batch)
+    assert modes == [False] * 3
+    assert not slope.requires_grad
 
 
 def test_a_teacher_without_weight_is_never_asked() -> None:
