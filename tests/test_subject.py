@@ -23,10 +23,12 @@ from tiny_sd import IMAGES, LOW_RANK, SIDE, build_pipeline, prepared, recipe_of,
 from diffstill.cli import main
 from diffstill.data.dataset import to_float
 from diffstill.data.sources import DataSpec, load_data
-from diffstill.engine.arm import checkpoint_activations
+from diffstill.engine.arm import Arm, checkpoint_activations
+from diffstill.engine.runtime import Runtime
 from diffstill.errors import InputError
 from diffstill.evaluation.cost import held_bytes
 from diffstill.jobs.subject import subject_data
+from diffstill.models.text_to_image import load_pipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -136,12 +138,14 @@ def test_exactly_one_subject_is_trained_on(tiny_subjects: Path) -> None:
         subject_data(DataSpec(source=source, classes=("dog6",), size=64), SIDE)
 
 
-def test_mirrored_images_are_encoded_not_mirrored_latents(tiny_subject: list[str]) -> None:
+def test_mirrored_images_are_encoded_not_mirrored_latents(tiny_subject: list[str], tiny_pipeline: Path) -> None:
     made, _ = prepared(tiny_subject, "data.flip=true")
     plain, _ = prepared(tiny_subject)
     latents, own = made.encode().images, plain.encode().images
     assert len(latents) == 2 * IMAGES
     assert torch.equal(latents[:IMAGES], own)
+    mirrored = to_float(made.data.train.images).flip(-1)
+    assert torch.equal(latents[IMAGES:], load_pipeline(str(tiny_pipeline)).encode_images(mirrored))
     assert not torch.allclose(latents[IMAGES:], own.flip(-1), atol=1e-3)
 
 
@@ -175,6 +179,10 @@ def test_the_shared_base_never_moves(tiny_subject: list[str], tiny_pipeline: Pat
         assert held > set(base.values()), role
         assert not any(p.requires_grad for p in own.parameters() if p.data_ptr() in base.values())
     assert {p.data_ptr() for p in made.teacher.network.parameters()} == set(base.values())
+    arm = Arm("dog", made.method, recipe_of(tiny_subject, "training.channels_last=true").training, Runtime("cpu"))
+    average = arm.ema["student"].network
+    for network in (*(net for role, net in made.method.roles.items() if role != "heads"), average):
+        assert {p.data_ptr() for p in network.parameters()} > {p.data_ptr() for p in made.parts.unet.parameters()}
     state = load_file(tiny_pipeline / UNET)
     assert all(torch.equal(value, state[name]) for name, value in made.parts.unet.state_dict().items())
 
