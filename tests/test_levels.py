@@ -173,14 +173,14 @@ def test_levels_stay_within_what_the_teacher_knows_and_follow_the_images_side() 
     table = ratios(LINEAR)
     wide = student(sigma_max=500)
     assert float(ratios(wide.student.schedule)[-1]) == pytest.approx(float(table[-1]))
-    alpha, sigma, times = wide._levels
+    alpha, sigma, times = wide._levels.alphas, wide._levels.sigmas, wide._levels.times
     assert float(sigma[0] / alpha[0]) == pytest.approx(float(table[0]), rel=1e-4), "0.002 is below all that it knows"
     assert (float(times[0]), float(times[-1])) == (pytest.approx(0, abs=1e-3), pytest.approx(999))
     own = student(sigma_max=None)  # 8 pixels
     assert float(ratios(own.student.schedule)[-1]) == pytest.approx(10)
-    torch.testing.assert_close(own._levels[1] / own._levels[0], karras_ratios(float(table[0]), 10).float())
+    torch.testing.assert_close(own._levels.sigmas / own._levels.alphas, karras_ratios(float(table[0]), 10).float())
     torch.testing.assert_close(
-        own._levels[2].double(), time_of(karras_ratios(float(table[0]), 10), LINEAR), rtol=1e-6, atol=1e-4
+        own._levels.times.double(), time_of(karras_ratios(float(table[0]), 10), LINEAR), rtol=1e-6, atol=1e-4
     )
 
 
@@ -194,8 +194,8 @@ def test_a_teacher_of_fewer_steps_is_asked_at_the_whole_ones_times(times: Any) -
     mine = Denoiser(tiny_denoiser((8, 8), 2).network, few.schedule, 3, (1, 8, 8))
     made = UniDad(Setting(mine, few), UniDadOptions(sigma_max=80, target_teacher="none", times=times))
     levels = karras_ratios(float(ratios(few.schedule)[0]), 80)
-    wanted = time_of(levels, few.schedule, times=steps, nearest=times == "nearest").to(made._levels[2].dtype)
-    assert torch.equal(made._levels[2], wanted)
+    wanted = time_of(levels, few.schedule, times=steps, nearest=times == "nearest").to(made._levels.times.dtype)
+    assert torch.equal(made._levels.times, wanted)
     assert made.student.time_index is not None
     chain = geometric_ratios(80, 0.5, 3).flip(0)
     known = time_of(chain, few.schedule, times=steps, nearest=times == "nearest")

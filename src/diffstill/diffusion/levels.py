@@ -34,10 +34,12 @@ def geometric_ratios(high: float, low: float, count: int) -> Tensor:
     """(count,) float64, falling from ``high`` to ``low``, both included; one value is ``high`` (unidad.md 2.3).
 
     Raises:
-        ValueError: ``count`` under 1, or unless ``0 < low < high``.
+        ValueError: ``count`` under 1, or with several unless ``0 < low < high``.
     """
     if count < 1:
         raise ValueError(f"{count} levels: give 1 or more")
+    if count == 1 and high > 0:
+        return torch.tensor([high], dtype=torch.float64)
     if not 0 < low < high:
         raise ValueError(f"levels from {high:g} down to {low:g}: both must be positive, the first the larger")
     place = torch.linspace(0, 1, count, dtype=torch.float64)
@@ -62,3 +64,39 @@ def time_of(ratio: Tensor, schedule: NoiseSchedule, *, times: Tensor | None = No
     low, high = table[above - 1].log(), table[above].log()
     share = ((given.log() - low) / (high - low)).clamp(0, 1)
     return torch.lerp(known[above - 1].double(), known[above].double(), share)
+
+
+class LevelTable:
+    """Noise levels that losses draw from: ``karras_ratios`` with the scales and time inputs that they mean.
+
+    Args:
+        times, nearest: see ``time_of``.
+    """
+
+    def __init__(
+        self,
+        low: float,
+        high: float,
+        schedule: NoiseSchedule,
+        *,
+        times: Tensor | None = None,
+        nearest: bool = False,
+        count: int = 1000,
+    ) -> None:
+        ratio = karras_ratios(low, high, count)
+        t = time_of(ratio, schedule, times=times, nearest=nearest)
+        self.alphas, self.sigmas = (scale.float() for scale in signal_and_noise(ratio))
+        self.times = t if nearest else t.float()
+
+    def to(self, device: torch.device) -> LevelTable:
+        """The same table on a device."""
+        self.alphas, self.sigmas, self.times = (v.to(device) for v in (self.alphas, self.sigmas, self.times))
+        return self
+
+    def at(self, place: Tensor, ndim: int) -> tuple[Tensor, Tensor, Tensor]:
+        """``(alpha, sigma, t)`` at places (B,) in [0, 1) of the table, 0 the cleanest; scales (B, 1, ...) to broadcast
+        over ``ndim`` dims."""
+        count = len(self.times)
+        chosen = (place * count).long().clamp(max=count - 1)
+        shape = (-1,) + (1,) * (ndim - 1)
+        return self.alphas[chosen].view(shape), self.sigmas[chosen].view(shape), self.times[chosen]

@@ -25,7 +25,7 @@ from ..diffusion.adversarial import (
     mean_logit,
     r1_penalty,
 )
-from ..diffusion.levels import geometric_ratios, karras_ratios, ratios, signal_and_noise, time_of
+from ..diffusion.levels import LevelTable, geometric_ratios, ratios
 from ..diffusion.matching import Normalizer, dual_domain, matching_gradient, tied
 from ..diffusion.prediction import to_epsilon, to_x0
 from ..diffusion.sampling import renoise_sample
@@ -37,8 +37,6 @@ from ..models.features import Heads, encode_features, encoder_blocks, encoder_ta
 from .base import Batch, Losses, Options, Phase, PhasedMethod, RoleOptimizer, Setting, TeacherOutputs, register
 from .distillation import require_teacher
 
-LEVELS = 1000
-"""Noise levels that the losses choose from."""
 LOST = 4.0
 """How many times the mean absolute pixel of the first images, or of white ones, a diverged student's are."""
 
@@ -143,7 +141,9 @@ class UniDad(PhasedMethod):
         self.teacher = self._plain(source, source.network)
         start = setting.initial.get("student")
         network = setting.student.network if start is None else self._trainable(start)
-        self.student = self._few_steps(network)
+        chain = geometric_ratios(self._range[1], o.sigma_end, o.steps)
+        self.student = source.with_network(network).renoising(chain, nearest=o.times == "nearest")
+        self.student.exact_output = True
         self.roles = {"student": self.student.network}
         self.role_optimizers = {"student": RoleOptimizer()}
         self._add_critic(setting)
@@ -226,28 +226,11 @@ class UniDad(PhasedMethod):
             raise InputError("method.sigma_end", o.sigma_end, "use 0.5, say", problem=problem)
         return low, high
 
-    def _few_steps(self, network: nn.Module) -> Denoiser:
-        """The network as a generator of K steps, which its scheduler reproduces."""
-        o, like = self.options, self.teacher
-        chain = torch.tensor([self._range[1]], dtype=torch.float64)
-        if o.steps > 1:
-            chain = geometric_ratios(self._range[1], o.sigma_end, o.steps).flip(0)
-        schedule = NoiseSchedule.of_levels(f"geometric-{o.steps}", 1 / (1 + chain.square()))
-        made = Denoiser(network, schedule, like.num_classes, like.sample_shape, like.prediction_type)
-        made.exact_output = True
-        known = time_of(chain, like.schedule, times=self._times, nearest=o.times == "nearest")
-        made.time_index = known if o.times == "nearest" else known.float()
-        made.sampler = "renoise"
-        return made
-
     @cached_property
-    def _levels(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(LEVELS,) each: signal and noise scale and time input of the losses' noise levels, from clean to noisy."""
-        ratio, device = karras_ratios(*self._range, LEVELS), self.critic.device
-        nearest = self.options.times == "nearest"
-        t = time_of(ratio, self.teacher.schedule, times=self._times, nearest=nearest)
-        alpha, sigma = signal_and_noise(ratio)
-        return alpha.float().to(device), sigma.float().to(device), (t if nearest else t.float()).to(device)
+    def _levels(self) -> LevelTable:
+        o, like = self.options, self.teacher
+        table = LevelTable(*self._range, like.schedule, times=self._times, nearest=o.times == "nearest")
+        return table.to(self.critic.device)
 
     # What the engine asks.
 
@@ -438,10 +421,8 @@ class UniDad(PhasedMethod):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``(x_t, t, alpha, sigma)`` at levels drawn from the part ``low`` to ``high`` of all."""
         share = low + (high - low) * batch.uniform(f"level {name}")
-        chosen = (share * LEVELS).long().clamp(max=LEVELS - 1)
-        alphas, sigmas, times = self._levels
-        alpha, sigma = (table[chosen].view(-1, *[1] * (x.ndim - 1)) for table in (alphas, sigmas))
-        return alpha * x + sigma * batch.normal(name), times[chosen], alpha, sigma
+        alpha, sigma, t = self._levels.at(share, x.ndim)
+        return alpha * x + sigma * batch.normal(name), t, alpha, sigma
 
     def _x0(
         self, model: Denoiser, x_t: Tensor, t: Tensor, labels: Tensor, alpha: Tensor, sigma: Tensor, scale: float = 1.0

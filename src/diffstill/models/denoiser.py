@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..diffusion.guidance import guide
+from ..diffusion.levels import time_of
 from ..diffusion.prediction import PredictionType, to_epsilon, to_x0
 from ..diffusion.sampling import SamplerName
 from ..diffusion.schedule import NoiseSchedule
@@ -174,6 +175,21 @@ class Denoiser:
         other.autocast_dtype, other.origin = self.autocast_dtype, (self, steps)
         other.scale_range = self.scale_range
         other.time_index = steps if self.time_index is None else self.time_index.to(steps.device)[steps]
+        return other
+
+    def renoising(self, ratios: Tensor, *, nearest: bool = False) -> Denoiser:
+        """The same network as a generator of ``len(ratios)`` steps with fresh noise between them (unidad.md 2.3).
+
+        Args:
+            ratios: (K,) float64, falling noise-to-signal ratios; they need be none of the schedule's own.
+            nearest: whether the network is told its nearest timestep, instead of a time between two.
+        """
+        rising = ratios.flip(0)
+        levels = NoiseSchedule.of_levels(f"geometric-{len(ratios)}", 1 / (1 + rising.square()))
+        other = Denoiser(self.network, levels, self.num_classes, self.sample_shape, self.prediction_type)
+        known = time_of(rising, self.schedule, times=self.time_index, nearest=nearest)
+        other.time_index = known if nearest else known.float()
+        other.autocast_dtype, other.exact_output, other.sampler = self.autocast_dtype, self.exact_output, "renoise"
         return other
 
     @contextmanager
