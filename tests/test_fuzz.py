@@ -141,6 +141,13 @@ def test_40_mutated_recipes_of_few_steps(text: str) -> None:
 
 
 @pytest.mark.slow
+@FEW
+@given(mutated_recipes(("digits-unidad", "digits-dmd2", "digits-finetune", "few-shot-digits-3", "subject-sd15")))
+def test_40_mutated_recipes_of_few_images(text: str) -> None:
+    check_recipe(text)
+
+
+@pytest.mark.slow
 @MANY
 @given(mutated_recipes())
 def test_150_mutated_recipes(text: str) -> None:
