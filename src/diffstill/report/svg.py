@@ -35,6 +35,10 @@ def plain(text: str) -> str:
     return "\u200b" + text if text.startswith("_") else text
 
 
+MANY_NAMES = 7
+"""Named lines of one plot, over which their legend would hide them."""
+
+
 class Panel:
     """One plot: a single axes in the house style.
 
@@ -70,10 +74,15 @@ class Panel:
         axes.set_axisbelow(True)
 
     def legend(self) -> None:
-        """A frameless legend, where there is more than one named line."""
+        """A frameless legend, where there is more than one named line; under the axes where there are many."""
         handles, labels = self.axes.get_legend_handles_labels()
-        if len(handles) > 1:
-            self.axes.legend(handles, labels, frameon=False, fontsize=9, labelcolor=INK, handlelength=1.6)
+        look: dict[str, Any] = {"frameon": False, "fontsize": 9, "labelcolor": INK, "handlelength": 1.6}
+        if len(handles) > MANY_NAMES:
+            rows = -(-len(handles) // 2)
+            self.figure.set_figheight(self.figure.get_figheight() + 0.19 * rows)
+            self.figure.legend(handles, labels, loc="outside lower center", ncols=2, **look)
+        elif len(handles) > 1:
+            self.axes.legend(handles, labels, **look)
 
     def level(self, value: float, label: str) -> None:
         """A dashed line at a height, named in the legend."""
