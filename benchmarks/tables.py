@@ -230,13 +230,12 @@ def few_shot(file: str, steps: int) -> Callable[[], str]:
 
         def row(name: str, label: str) -> list[str]:
             m = models[name]
-            at = next(iter(m["figures"])).split()[0]  # its one setting
+            at = next(name.split()[0] for name in m["figures"] if name.startswith("s="))  # its one setting
             told = [label, str(m["nfe"]) if m["nfe"] else words.MISSING]
             percent = [cell(m, f"{at} {figure}", 100) for figure in ("diversity_share", "memorised")]
-            seconds = words.number(m["seconds"]) if m["seconds"] else words.MISSING
-            return [*told, cell(m, f"{at} fd"), *percent, cell(m, f"{at} source_fd"), seconds]
+            return [*told, cell(m, f"{at} fd"), *percent, cell(m, f"{at} source_fd")]
 
-        header = ["", "NFE", "FD", "diversity, % of real", "copies, %", "FD to the source", "training, s"]
+        header = ["", "NFE", "FD", "diversity, % of real", "copies, %", "FD to the source"]
         return table(header, [row(name, label) for name, label in known.items()])
 
     return made
