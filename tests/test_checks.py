@@ -21,7 +21,7 @@ from diffstill.checks.report import Broken, NotApplicable, Report, run_checks
 from diffstill.checks.targets import find_method
 from diffstill.diffusion.schedule import NoiseSchedule
 from diffstill.errors import InputError
-from diffstill.methods import METHODS, Batch, Losses, Options, RoleOptimizer, Setting, TeacherOutputs
+from diffstill.methods import METHODS, Batch, Losses, Options, Phase, RoleOptimizer, Setting, TeacherOutputs
 from diffstill.methods.base import per_sample_mse
 from diffstill.methods.dash import Dash
 from diffstill.methods.distillation import Distillation, DistillOptions
@@ -162,6 +162,45 @@ class Remembers(Plain):
         return total(self.errors(batch, teacher).mean() * self.calls)
 
 
+class TwoPhases(Plain):
+    """Sound, too: a second network with an optimizer and a cadence of its own."""
+
+    def __init__(self, setting: Setting, options: Options) -> None:
+        super().__init__(setting, options)
+        self.roles["head"], self.role_optimizers["head"] = nn.Linear(1, 1), RoleOptimizer(ema=False)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return Phase("student", ("student",)), Phase("head", ("head",), every=2)
+
+    def phase_loss(self, phase: str, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        error = self.errors(batch, teacher)
+        head: Any = self.roles["head"]
+        return total(error.mean() if phase == "student" else head(error.detach()[:, None]).square().mean())
+
+
+class RoleOfNoPhase(TwoPhases):
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase("student", ("student",)),)
+
+
+class PhaseOfAnotherRole(TwoPhases):
+    def phase_loss(self, phase: str, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        return super().phase_loss("head", batch, teacher)
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return Phase("both", ("student", "head")), Phase("none", ())
+
+
+class ThawsTheOther(TwoPhases):
+    def phase_loss(self, phase: str, batch: Batch, teacher: TeacherOutputs | None) -> Losses:
+        self.roles["head"].requires_grad_(True)
+        head: Any = self.roles["head"]
+        return total(self.errors(batch, teacher).mean() + head(batch.t[:, None].float()).square().mean())
+
+
 BROKEN: list[tuple[type[Plain], Callable[[Bench], str], str]] = [
     (ReachesTheTeacher, losses.gradients, "teacher received a gradient"),
     (IdleRole, losses.gradients, "role head received no gradient"),
@@ -174,6 +213,9 @@ BROKEN: list[tuple[type[Plain], Callable[[Bench], str], str]] = [
     (DrawsItself, losses.deterministic, "draw with batch.uniform"),
     (FavoursTheFirst, losses.order, "shuffled"),
     (NormalisesByTheBatch, losses.halves, "mean over its halves"),
+    (RoleOfNoPhase, losses.phases, r"the phases train \['student'\], and the roles are \['head', 'student'\]"),
+    (PhaseOfAnotherRole, losses.phases, "phase both did not reach role student"),
+    (ThawsTheOther, losses.phases, "phase student reached role head"),
     (LeavesHook, losses.hooks, "a hook is left on student"),
     (Plain, losses.options, "decorate the class with @register"),
     (MovesTheTeacher, training.teacher_unchanged, "of the teacher has changed"),
@@ -200,12 +242,14 @@ def test_a_student_without_an_average_is_a_broken_rule_not_a_traceback() -> None
 @pytest.mark.parametrize("rule", sorted({rule for _, rule, _ in BROKEN} - {losses.options}, key=lambda r: r.__name__))
 def test_the_sound_one_breaks_none_of_them(rule: Callable[[Bench], str]) -> None:
     try:
-        rule(Bench(Plain))
+        rule(Bench(TwoPhases if rule is losses.phases else Plain))
     except NotApplicable:
         assert rule is losses.copy_of_teacher
 
 
-@pytest.mark.parametrize("name", ["conditional", "dash", "encoder", "fitnets", "guided", "progressive", "supervised"])
+@pytest.mark.parametrize(
+    "name", ["conditional", "dash", "encoder", "fitnets", "guided", "progressive", "supervised", "unidad"]
+)
 def test_our_methods_conform(name: str) -> None:
     report = check_method(name, quick=True)
     assert report.ok, str(report)

@@ -45,6 +45,7 @@ def check_method(
         ("options", partial(losses.options, bench)),
         ("modules", partial(losses.modules, bench)),
         ("gradients", partial(losses.gradients, bench)),
+        ("phases", partial(losses.phases, bench)),
         ("null branch", partial(losses.null_branch, bench)),
         ("copy of the teacher", partial(losses.copy_of_teacher, bench)),
         ("finite", partial(losses.finite, bench)),

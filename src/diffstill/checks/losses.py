@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..engine.stream import micro_batches
 from ..errors import InputError
-from ..methods import METHODS, Method, Options
+from ..methods import METHODS, Method, Options, TeacherOutputs
 from ..models.adapters import unwrap
 from ..models.denoiser import Denoiser
 from ..recipe import MethodSpec
@@ -43,6 +43,30 @@ def gradients(bench: Bench) -> str:
         if not any(g is not None and bool(g.any()) for g in found):
             raise Broken(f"role {role} received no gradient")
     return f"trained: {', '.join(method.roles)}"
+
+
+def phases(bench: Bench) -> str:
+    """Of a method with several optimizers: each role is one phase's, each phase reaches its roles and no other, and
+    leaves everything as trainable as it was."""
+    method = bench.method()
+    owners = [role for phase in method.phases for role in phase.roles]
+    if sorted(owners) != sorted(method.roles):
+        raise Broken(f"the phases train {sorted(owners)}, and the roles are {sorted(method.roles)}")
+    if len(method.phases) == 1:
+        raise NotApplicable("the method has one phase")
+    batch, teacher = bench.batch(), method.teacher or bench.teacher()
+    asked = {name: [p.requires_grad for p in network.parameters()] for name, network in method.roles.items()}
+    for phase in method.phases:
+        with method.in_phase(phase):
+            method.phase_loss(phase.name, batch, TeacherOutputs(teacher, batch, method.teacher_needs)).total.backward()
+        for name, network in method.roles.items():
+            reached = any(p.grad is not None and bool(p.grad.any()) for p in network.parameters())
+            if reached != (name in phase.roles):
+                raise Broken(f"phase {phase.name} {'reached' if reached else 'did not reach'} role {name}")
+            if [p.requires_grad for p in network.parameters()] != asked[name]:
+                raise Broken(f"phase {phase.name} left {name} with other parameters to train")
+            network.zero_grad(set_to_none=True)
+    return ", ".join(f"{phase.name} every {phase.every}" for phase in method.phases)
 
 
 def null_branch(bench: Bench) -> str:
