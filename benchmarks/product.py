@@ -38,7 +38,7 @@ class LibraryStep:
 
     def __call__(self) -> None:
         self.trainer.step()
-        if self.arm.count >= self.settings.log_every:
+        if self.arm.counts["loss"] >= self.settings.log_every:
             self.arm.take_means()
 
     def batch(self) -> Batch:

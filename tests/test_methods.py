@@ -232,8 +232,9 @@ def test_the_anchor_moves_the_conditional_target_a_tenth_of_the_way(kind: Predic
 # Gradients
 
 
-OTHER_NETWORKS = ("guided", "progressive", "encoder")
-"""Methods whose students have few steps or take the scale: tests/test_checks.py tries them by the same rules."""
+OTHER_NETWORKS = ("guided", "progressive", "encoder", "unidad")
+"""Methods whose students have few steps or take the scale: tests/test_checks.py and test_unidad_training.py try them by
+the same rules."""
 
 
 @kinds
@@ -463,13 +464,13 @@ def test_options_are_strict_and_frozen(name: str) -> None:
 
 def test_the_registry_and_what_its_methods_say() -> None:
     assert set(METHODS) == {*DISTILLERS, *OTHER_NETWORKS, "supervised", "pruning"}
-    assert {name for name, method in METHODS.items() if not method.guided} == {"single-head"}
+    assert {name for name, method in METHODS.items() if not method.guided} == {"single-head", "unidad"}
     starts = {name: method.init for name, method in METHODS.items() if method.init != "fresh"}
     assert starts == {"pruning": "magnitude", **dict.fromkeys(OTHER_NETWORKS, "inherit")}
     assert {name for name, method in METHODS.items() if method.fewer_steps} == {"sfddm", "progressive", "encoder"}
     assert {name for name, method in METHODS.items() if method.keeps_scale} == {"progressive", "encoder"}
     assert {name for name, method in METHODS.items() if method.scale_input} == {"guided"}
-    assert {name for name, method in METHODS.items() if not method.compiles} == {"fitnets", "sfddm"}
+    assert {name for name, method in METHODS.items() if not method.compiles} == {"fitnets", "sfddm", "unidad"}
     assert {name for name, method in METHODS.items() if not method.trains_null} == {"conditional", "guided", "encoder"}
     for method in METHODS.values():
         assert method.summary

@@ -283,4 +283,6 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     one, two = last_checkpoint(runs["lora"].path), last_checkpoint(out)
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
-    assert (out / "model" / LORA).read_bytes() == (runs["lora"].model / LORA).read_bytes()
+    adapters = [load_file(model / LORA) for model in (runs["lora"].model, out / "model")]  # in no fixed order
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(value, adapters[1][name]) for name, value in adapters[0].items())

@@ -53,7 +53,7 @@ def phases(bench: Bench) -> str:
     if sorted(owners) != sorted(method.roles):
         raise Broken(f"the phases train {sorted(owners)}, and the roles are {sorted(method.roles)}")
     if len(method.phases) == 1:
-        raise NotApplicable("the method has one phase")
+        return "one, of all roles"
     batch, teacher = bench.batch(), method.teacher or bench.teacher()
     asked = {name: [p.requires_grad for p in network.parameters()] for name, network in method.roles.items()}
     for phase in method.phases:
