@@ -228,17 +228,28 @@ def few_shot(file: str, steps: int) -> Callable[[], str]:
         models = chain_models(file)
         known = {name.format(steps): label for name, label in FEW_SHOT.items() if name.format(steps) in models}
 
-        def row(name: str, label: str) -> list[str]:
-            m = models[name]
-            at = next(name.split()[0] for name in m["figures"] if name.startswith("s="))  # its one setting
-            told = [label, str(m["nfe"]) if m["nfe"] else words.MISSING]
-            percent = [cell(m, f"{at} {figure}", 100) for figure in ("diversity_share", "memorised")]
-            return [*told, cell(m, f"{at} fd"), *percent, cell(m, f"{at} source_fd")]
-
         header = ["", "NFE", "FD", "diversity, % of real", "copies, %", "FD to the source"]
-        return table(header, [row(name, label) for name, label in known.items()])
+        return table(header, [_few_shot_row(label, models[name]) for name, label in known.items()])
 
     return made
+
+
+def _few_shot_row(label: str, model: dict[str, Any]) -> list[str]:
+    at = next(name.split()[0] for name in model["figures"] if name.startswith("s="))  # its one setting
+    told = [label, str(model["nfe"]) if model["nfe"] else words.MISSING]
+    percent = [cell(model, f"{at} {figure}", 100) for figure in ("diversity_share", "memorised")]
+    return [*told, cell(model, f"{at} fd"), *percent, cell(model, f"{at} source_fd")]
+
+
+def few_shot_by_number() -> str:
+    """The same by the number of images."""
+    rows = []
+    for shots, file in ((1, "few-shot-digits-1.json"), (5, "few-shot-digits-5.json"), (10, "few-shot-digits.json")):
+        models = chain_models(file)
+        for name in ("finetune@1-renoise", "unidad"):
+            number, *rest = _few_shot_row(FEW_SHOT[name.replace("@1", "@{}")], models[name])
+            rows.append([str(shots), number, *rest])
+    return table(["images", "", "NFE", "FD", "diversity, % of real", "copies, %", "FD to the source"], rows)
 
 
 CASCADE = "cascade-digits-grid.json"
@@ -273,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "few shot": few_shot("few-shot-digits.json", 1),
     "few shot far": few_shot("few-shot-digits-far.json", 1),
+    "few shot by number": few_shot_by_number,
     "few shot three steps": few_shot("few-shot-digits-3.json", 3),
     "student": variants(
         "digits-student.json",
