@@ -277,6 +277,16 @@ def test_a_hundred_classes_fit(receipt: Receipt) -> None:
 # training curves
 
 
+def test_read_log_keeps_losses_and_gradient_norms_at_the_image_apart(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    told = {"loss": 1.0, "student_loss": 2.0, "dmd": 0.5, "pixel": 0.7, "dmd_norm": 3.0, "gan_norm": 4.0}
+    told |= {"gan_weight": 0.1, "student_grad_norm": 9.0, "grad_norm": 8.0}
+    log.write_text(json.dumps({"images": 16, "step": 1, "arm": "a", "lr": 1e-3, **told}) + "\n", encoding="utf-8")
+    found = curves.read_log(log, "a")
+    assert found.losses == {"loss": {16: 1.0}, "dmd": {16: 0.5}}
+    assert found.norms == {"dmd_norm": {16: 3.0}, "gan_norm": {16: 4.0}}
+
+
 def test_read_log_takes_its_own_arm_and_passes_over_the_rest(tmp_path: Path) -> None:
     lines = [
         {"images": 10, "arm": "a", "loss": 3.0, "x": 2.0, "lr": 1.0, "grad_norm": 9.0, "step": 1},
