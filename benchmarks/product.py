@@ -33,6 +33,16 @@ class LibraryStep:
         self.arm = Arm(problem.work, _method(problem, teacher), self.settings, runtime)
         self.trainer = Trainer([self.arm], self.stream, self.settings, runtime, run_dir, teacher=teacher)
 
+    @property
+    def bf16(self) -> bool:
+        """Whether the trained network runs in bf16: what ``precision`` resolves to on this device."""
+        return self.arm.method.student.autocast_dtype is torch.bfloat16
+
+    @property
+    def teacher_bf16(self) -> bool:
+        """Whether the teacher does; False without one."""
+        return self.trainer.teacher is not None and self.trainer.teacher.autocast_dtype is torch.bfloat16
+
     def prepare(self) -> None:
         set_autotune(True)  # as Runtime does on CUDA
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from problem import NUM_CLASSES, Problem
@@ -48,6 +49,12 @@ class SamplingTimes:
     student_s_per_1000: float
     ratio: Spread
     rounds: list[Round] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> SamplingTimes:
+        """From what ``asdict`` made of one."""
+        rounds = [Round(**turn) for turn in plain["rounds"]]
+        return cls(**{**plain, "ratio": Spread(**plain["ratio"]), "rounds": rounds})
 
 
 class Sampling:

@@ -7,7 +7,7 @@ import copy
 import io
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -15,7 +15,9 @@ import torch
 from PIL import Image
 from problem import ANCHOR, LABEL_DROPOUT, NUM_CLASSES, Problem
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from diffstill.data.dataset import ImageData
 from diffstill.engine.compiled import compiled_fault
@@ -233,6 +235,46 @@ def set_autotune(on: bool) -> None:
     torch.backends.cudnn.benchmark = on
     torch.backends.cuda.matmul.allow_tf32 = on
     torch.backends.cudnn.allow_tf32 = True
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Arithmetic of one step, 2 x multiply-accumulate: convolutions, linear layers and attention, as is usual."""
+
+    trained: float
+    """Forward and backward of the network that is trained, both branches where there are two."""
+    teacher: float = 0.0
+    """Both forwards of the frozen teacher."""
+
+    @property
+    def step(self) -> float:
+        return self.trained + self.teacher
+
+    def reusing(self, reuse: int) -> Flops:
+        """Mean of the steps where each output of the teacher serves ``reuse`` of them."""
+        return Flops(self.trained, self.teacher / reuse)
+
+    def dtype(self, *, bf16: bool, teacher_bf16: bool) -> Literal["bf16", "fp32"]:
+        """In which more than half of the arithmetic is done."""
+        return "bf16" if self.trained * bf16 + self.teacher * teacher_bf16 > self.step / 2 else "fp32"
+
+
+def step_flops(problem: Problem) -> Flops:
+    """Counts the straightforward float32 step. Every faster way of doing it does the same work, so that one count
+    serves all rungs (but for a teacher that is asked less often).
+
+    Counted on the CPU with one image, since all that is counted is proportional to the batch; attention by its plain
+    formula, so that no fused kernel hides it. The count is then the same on every device.
+    """
+    one = Step(replace(problem, batch=1, images=1, device=torch.device("cpu")), Switches())
+    drawn = one.draw()
+    with sdpa_kernel(SDPBackend.MATH):
+        with FlopCounterMode(display=False) as teacher:
+            taught = one.teach(drawn)
+        with FlopCounterMode(display=False) as trained:
+            one.losses(drawn, taught)["loss"].backward()
+    counts = [float(counter.get_total_flops()) * problem.batch for counter in (trained, teacher)]
+    return Flops(*counts)
 
 
 class PngFiles(Dataset[tuple[Tensor, int]]):

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from itertools import count
 from pathlib import Path
+from typing import Any
 
+import machine
 import pytest
 import throughput
 import torch
-from ladder import (
-    Effort,
-    Rung,
-    unavailable,
-)
-from problem import DIGITS, Problem, Work
+from ladder import Begun, Bench, Effort, Ladder, Result, Rung, rungs_of, unavailable
+from problem import CIFAR, DIGITS, Problem, Work
 from product import LibraryStep
-from step import Draw, PngFiles, Step, Switches
-from timing import Stopwatch
+from sampling import SamplingTimes
+from step import Draw, Flops, PngFiles, Step, Switches, step_flops
+from timing import Round, Spread, Stopwatch
 from torch import Tensor, nn
 
-from diffstill.engine.runtime import Runtime
+from diffstill.engine.runtime import Runtime, native_bf16
+from diffstill.evaluation.cost import count_flops
+from diffstill.models.denoiser import Denoiser
 
 CPU = torch.device("cpu")
 FAST = Switches(batched=True, foreach_ema=True, fused=True, resident=True, no_sync=True, channels_last=True)
@@ -109,6 +118,256 @@ def test_what_a_machine_lacks_is_skipped_with_its_reason() -> None:
     assert unavailable(Rung("b", {"teacher_compile": "default"}), bare, effort) == "no C++ compiler"
     assert unavailable(Rung("c", {"compile": "default"}), CPU, Effort(1, 0.0, compile=False)) == "switched off"
     assert unavailable(Rung("d", {"fused": True}), bare, effort) is None
+
+
+@pytest.mark.parametrize("work", ["distil", "train"])
+def test_flops_of_a_step_are_those_of_its_passes(work: Work) -> None:
+    """Three forwards' worth for each branch that is trained, less the gradients of inputs that nobody needs; the
+    teacher's two forwards."""
+    problem = Problem(DIGITS, work, 3, CPU)
+    network: Any = problem.trained()
+
+    def forward(network: nn.Module) -> float:
+        return count_flops(Denoiser(network, problem.schedule, 10, DIGITS.sample_shape))
+
+    pixels = DIGITS.sample_shape[1] * DIGITS.sample_shape[2]
+    unneeded = 2 * network.conv_in.weight.numel() * pixels + 2 * network.time_embedding.linear_1.weight.numel()
+    branches = 2 if work == "distil" else 1
+    found = step_flops(problem)
+    assert found.trained == 3 * branches * (3 * forward(network) - unneeded)
+    assert found.teacher == (3 * 2 * forward(problem.teacher()) if work == "distil" else 0)
+    assert found.step == found.trained + found.teacher
+
+
+def test_utilisation_is_of_the_rate_of_the_dtype_that_does_most() -> None:
+    flops = Flops(trained=4e9, teacher=8e9)
+    assert flops.dtype(bf16=False, teacher_bf16=False) == "fp32"
+    assert flops.dtype(bf16=True, teacher_bf16=True) == "bf16"
+    assert flops.dtype(bf16=False, teacher_bf16=True) == "bf16"
+    assert flops.dtype(bf16=True, teacher_bf16=False) == "fp32"
+    assert flops.reusing(4) == Flops(4e9, 2e9)
+    assert flops.reusing(4).dtype(bf16=True, teacher_bf16=False) == "bf16"
+    bench = Bench(Runtime("cpu"), Stopwatch(CPU), {"fp32": 48e9, "bf16": None})
+    assert bench.utilisation(flops.step, 0.5, "fp32") == 0.5
+    assert bench.utilisation(flops.step, 0.5, "bf16") is None
+
+
+def test_the_librarys_dtypes_are_what_its_settings_resolve_to(tmp_path: Path) -> None:
+    problem = Problem(DIGITS, "distil", 2, CPU)
+    mixed = LibraryStep(problem, Runtime("cpu"), tmp_path, precision="fp32", teacher_precision="bf16", compile=False)
+    assert (mixed.bf16, mixed.teacher_bf16) == (False, True)
+    auto = LibraryStep(problem, Runtime("cpu"), tmp_path, compile=False)
+    assert (auto.bf16, auto.teacher_bf16) == (False, native_bf16(CPU))  # digits are small, see Runtime.dtype
+
+
+def test_matrix_rate_by_a_scripted_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product takes a second of this clock, however large."""
+    ticks, watch = count(), Stopwatch(CPU)
+    monkeypatch.setattr(watch, "_now", lambda: float(next(ticks)))
+    rates = machine.matrix_rate(CPU, watch, least_s=1.0)
+    assert rates == {"fp32": 2 * 256**3, "bf16": 2 * 256**3 if native_bf16(CPU) else None}
+    monkeypatch.setattr(machine, "LARGEST", 512)
+    assert machine.matrix_rate(CPU, watch, least_s=2.0)["fp32"] == 2.0 * 512**3
+
+
+def test_peak_memory_leaves_out_what_others_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The allocator of CUDA by its contract: torch's calls are stood in for, as no GPU may be here."""
+    live, peak, pool = [700], [5000], (7, 1)
+    segments = [
+        {"total_size": 4000, "allocated_size": 700, "segment_pool_id": (0, 0)},
+        {"total_size": 900, "allocated_size": 300, "segment_pool_id": pool},
+    ]
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: live[0])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[0])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.__setitem__(0, live[0]))
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: segments)
+    cuda = torch.device("cuda")
+    resident = machine.held_memory(cuda)
+    assert resident == 700 + 600
+    segments.append({"total_size": 2_000_000, "allocated_size": 0, "segment_pool_id": pool})
+    assert machine.peak_memory_mb(cuda, lambda: peak.__setitem__(0, 1_000_700), resident) == 3.0
+
+
+def test_no_peak_memory_where_it_is_not_told() -> None:
+    assert machine.held_memory(CPU) == 0
+    assert machine.peak_memory_mb(CPU, pytest.fail, 0) is None
+
+
+def test_aims_of_the_distillation_step() -> None:
+    cuda, mps = torch.device("cuda"), torch.device("mps")
+    assert [Problem(CIFAR, "distil", batch, cuda).aim for batch in (64, 256, 512)] == [4.0, 2.5, None]
+    assert [Problem(nets, "distil", 64, CPU).aim for nets in (DIGITS, CIFAR)] == [1.3, 1.8]
+    assert Problem(CIFAR, "train", 64, cuda).aim is Problem(CIFAR, "distil", 64, mps).aim is None
+
+
+def test_a_rung_is_one_line_with_what_is_known() -> None:
+    rung = Result("EMA, optimizer, data, syncs xxxxx", {"bf16": True}, optional=True)
+    rung.ratio, rung.images_per_s = Spread(10.5, 10.25, 11.75), 98765.4
+    bare = throughput.line(rung)
+    assert "10.50x  [10.25, 11.75]" in bare
+    assert bare.endswith("optional")
+    assert "MB" not in bare
+    assert "%" not in bare
+    rung.peak_memory_mb, rung.utilisation, rung.dtype = 123456.7, 0.1234, "bf16"
+    assert "123457 MB" in throughput.line(rung)
+    assert "12.3% of bf16" in throughput.line(rung)
+    assert len(throughput.line(rung)) < 120
+    assert len(throughput.line(Result("x", skipped="failed: " + "y" * 200))) < 120
+
+
+def test_what_stands_is_what_was_kept_last() -> None:
+    begun = Begun("digits", "train", 64, 1)
+    assert begun.standing() == (Switches(), 1.0)
+    for rung, kept, ratio in (("fused", True, 1.2), ("resident", True, 1.4), ("bf16", False, 0.7)):
+        on = asdict(begun.standing()[0]) | {rung: True}
+        begun.rungs.append(Result(rung, on, kept=kept, ratio=Spread(ratio, ratio, ratio)))
+    begun.rungs.append(Result("compile", {}, skipped="no C++ compiler"))
+    assert begun.standing() == (Switches(fused=True, resident=True), 1.4)
+    begun.rungs[0].rounds.append(Round(1.0, 2.0, 0.5))
+    assert Begun.of(json.loads(json.dumps(asdict(begun)))) == begun
+
+
+def test_the_committed_file_is_read() -> None:
+    """Fields that came later may be missing in it."""
+    file = Path(throughput.__file__).with_name("results") / "throughput-cpu.json"
+    report = json.loads(file.read_text(encoding="utf-8"))
+    assert report["format"] == throughput.FORMAT
+    assert all(Ladder.of(plain).library.ratio for plain in report["ladders"])
+    assert len([SamplingTimes.of(plain) for plain in report["sampling"]]) == 2
+
+
+QUICK = ["--nets", "digits", "--work", "train", "--digits-batch", "2,3", "--quick", "--device", "cpu"]
+"""Two ladders without a teacher, whose compilation would take most of the time."""
+
+
+class _Tripwire(io.StringIO):
+    """Standard output of a run that is interrupted when it prints a word for the second time."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__()
+        self.word, self.seen = word, 0
+
+    def write(self, text: str) -> int:
+        self.seen += self.word in text
+        if self.seen == 2:
+            raise KeyboardInterrupt
+        return super().write(text)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The JSON file of a run that was interrupted after the second rung of its second ladder."""
+    out = tmp_path_factory.mktemp("killed") / "throughput.json"
+    with pytest.raises(KeyboardInterrupt), contextlib.redirect_stdout(_Tripwire("fused AdamW")):
+        throughput.main([*QUICK, "--resume", "--out", str(out)])
+    assert list(out.parent.iterdir()) == [out]
+    return out.read_text(encoding="utf-8")
+
+
+def test_resume_goes_on_at_the_next_rung(killed: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, out = json.loads(killed), tmp_path / "throughput.json"
+    assert before["complete"] is False
+    assert [ladder["batch"] for ladder in before["ladders"]] == [2]
+    assert [rung["name"] for rung in before["unfinished"]["rungs"]] == ["foreach EMA", "fused AdamW"]
+    out.write_text(killed, encoding="utf-8")
+
+    assert throughput.main([*QUICK, "--resume", "--out", str(out)]) == 0
+    after = json.loads(out.read_text(encoding="utf-8"))
+    printed = capsys.readouterr().out
+    assert "batch 2:" not in printed
+    assert "foreach EMA" not in printed
+    assert "device-resident uint8 data" in printed
+    assert (after["complete"], after["processes"], after["unfinished"]) == (True, 2, None)
+    assert after["machine"]["matrix_rate"] == before["machine"]["matrix_rate"]
+    assert after["settings"]["seconds"] >= before["settings"]["seconds"]
+    first, second = after["ladders"]
+    assert first == before["ladders"][0]
+    assert second["rungs"][:2] == before["unfinished"]["rungs"]
+    assert second["units_per_turn"] == before["unfinished"]["units_per_turn"]
+    assert [rung["process"] for rung in (*second["rungs"], second["library"])] == [1, 1, 2, 2, 2, 2, 2, 2]
+    _assert_whole(Ladder.of(second), after["machine"]["matrix_rate"])
+
+    text = out.read_text(encoding="utf-8")
+    assert throughput.main([*QUICK, "--resume", "--out", str(out)]) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert out.read_text(encoding="utf-8") == text
+
+
+def _assert_whole(ladder: Ladder, rates: dict[str, float]) -> None:
+    """All rungs in their order, each on top of what was kept before it, with its utilisation."""
+    problem = Problem(DIGITS, "train", ladder.batch, CPU)
+    flops = step_flops(problem)
+    assert ladder.flops_step == flops.step
+    assert ladder.baseline_utilisation == pytest.approx(flops.step / ladder.baseline_step_s / rates["fp32"])
+    rungs = rungs_of(problem, host_together=False)
+    assert [rung.name for rung in ladder.rungs] == [rung.name for rung in rungs]
+    for number, (rung, found) in enumerate(zip(rungs, ladder.rungs, strict=True)):
+        kept, _ = Begun("digits", "train", ladder.batch, 1, ladder.rungs[:number]).standing()
+        assert found.switches == asdict(replace(kept, **rung.switches)), rung.name
+        assert found.peak_memory_mb is None
+        if found.skipped is None:
+            assert found.dtype == ("bf16" if found.switches["bf16"] else "fp32")
+            assert found.step_s is not None
+            assert found.utilisation == pytest.approx(flops.step / found.step_s / rates[found.dtype])
+
+
+def _changed(*path: str, to: Any) -> Callable[[str], str]:
+    def change(text: str) -> str:
+        report = json.loads(text)
+        where = report
+        for key in path[:-1]:
+            where = where[key]
+        where[path[-1]] = to
+        return json.dumps(report)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("argv", "change", "told"),
+    [
+        (["--rounds", "3"], str, "--rounds is None in the file and 3 here"),
+        (["--digits-batch", "2"], str, "--digits-batch is [2, 3] in the file and [2] here"),
+        ([], _changed("machine", "device", to="NVIDIA H200"), "device is 'NVIDIA H200' in the file and 'cpu' here"),
+        ([], _changed("machine", "packages", "torch", to="1.0"), "torch is '1.0' in the file"),
+        ([], _changed("format", to="diffstill-throughput/0"), "format is 'diffstill-throughput/0' in the file"),
+        ([], _changed("ladders", to=[{}]), "no report of this benchmark"),
+        ([], lambda text: text[:100], "no report of this benchmark"),
+    ],
+)
+def test_resume_refuses_another_runs_file(
+    argv: list[str], change: Callable[[str], str], told: str, killed: str, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "throughput.json"
+    out.write_text(change(killed), encoding="utf-8")
+    with pytest.raises(SystemExit) as stop:
+        throughput.main([*QUICK, *argv, "--resume", "--out", str(out)])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert f"--resume {out}: " in last
+    assert told in last
+    assert out.read_text(encoding="utf-8") == change(killed)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_terminated_again_and_again_comes_to_its_end(tmp_path: Path) -> None:
+    out = tmp_path / "throughput.json"
+    command = [sys.executable, "-u", throughput.__file__, *QUICK, "--resume", "--out", str(out)]
+    for word in ("fused AdamW", "no host sync"):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as run:
+            assert run.stdout is not None
+            assert any(word in line for line in run.stdout)
+            run.send_signal(signal.SIGTERM)
+            run.stdout.read()
+        assert run.returncode == -signal.SIGTERM
+        assert json.loads(out.read_text(encoding="utf-8"))["complete"] is False
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert (report["complete"], report["processes"]) == (True, 3)
+    made = [rung["process"] for ladder in report["ladders"] for rung in (*ladder["rungs"], ladder["library"])]
+    assert made == sorted(made)
+    assert set(made) == {1, 2, 3}
 
 
 @pytest.mark.parametrize("argv", [["--nets", "mnist"], ["--rounds", "0"], ["--digits-batch", "0"], ["--work", "x"]])
