@@ -46,6 +46,8 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e .
 	@touch $@
 
+# Without torchvision, that has to fit the torch in use: the one file of torch-fidelity that is used needs torch alone.
 $(VENV)/installed-dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev]'
+	$(INSTALL) --no-deps torch-fidelity
 	@touch $@ $(VENV)/installed

@@ -131,7 +131,7 @@ def test_transfer_encodes_and_decodes(tiny_run: Path, tmp_path: Path, capsys: py
         assert np.abs(shown[2:] - wanted).max() <= 1
         error = ((shown[2] - shown[0]) / 255) ** 2
         assert told["reconstruction_psnr"] == pytest.approx(-10 * np.log10(error.mean()), abs=0.01)
-        right = make_extractor("classifier", data_of(by, None)[0]).classify(torch.tensor(shown[3][:, None]).byte())
+        right = make_extractor("classifier", data_of(by, None)[0]).read(torch.tensor(shown[3][:, None]).byte())[1]
         assert right is not None
         assert told["called_goal"]["value"] == pytest.approx(float((right.argmax(1) == 8).double().mean()))
     assert main([*command, "--quiet"]) == 0

@@ -9,10 +9,10 @@ import torch
 from eval_fakes import bars, bars_splits, noise_data
 from torch import Tensor, nn
 
-from diffstill.data.sources import DataSpec, load_data
+from diffstill.data.sources import DataSpec, DataSplits, load_data
 from diffstill.errors import InputError
 from diffstill.evaluation.classifier import Classifier, accuracy, cached_classifier, train_classifier
-from diffstill.evaluation.features import default_cache, extract, make_extractor
+from diffstill.evaluation.features import default_cache, extract, extract_all, make_extractor
 from diffstill.evaluation.frechet import FeatureStats, frechet_distance
 from diffstill.models.lineage import weights_sha256
 
@@ -109,14 +109,17 @@ def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatc
 
 def test_classifier_features_feed_its_own_logits(cache: Path) -> None:
     extractor = make_extractor("classifier", DATA, cache)
-    features, logits = extractor.features(DATA.test.images), extractor.classify(DATA.test.images)
+    features, logits = extractor.read(DATA.test.images)
+    assert extractor.classifies
     network = cached_classifier(DATA, cache, CPU).network
     assert features.shape == (45, extractor.info.dim) == (45, 64)
     torch.testing.assert_close(network.head(features), logits)
     torch.testing.assert_close(extract(extractor, DATA.test.images, 7), features)
+    torch.testing.assert_close(extract_all(extractor, DATA.test.images, 7), (features, logits))
     assert (logits.argmax(1) == DATA.test.labels).float().mean().item() == pytest.approx(extractor.info.accuracy)
     assert extractor.info.sha256 == weights_sha256(network)
     assert extract(extractor, DATA.test.images[:0]).shape == (0, 64)
+    assert [part.shape for part in extract_all(extractor, DATA.test.images[:0])] == [(0, 64), (0, 3)]
 
 
 class Pooled(nn.Module):
@@ -137,17 +140,64 @@ def test_torchscript_modules_take_uint8_or_floats_between_0_and_1(tmp_path: Path
     assert (extractor.info.name, extractor.info.dim) == ("FD-pooled", 4)
     assert extractor.info.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     expected = nn.functional.adaptive_avg_pool2d(DATA.test.images / 255, 2).flatten(1)
-    torch.testing.assert_close(extractor.features(DATA.test.images), expected)
-    assert extractor.classify(DATA.test.images) is None
+    torch.testing.assert_close(extractor.read(DATA.test.images)[0], expected)
+    assert (extractor.read(DATA.test.images)[1], extractor.classifies, extractor.info.accuracy) == (None, False, None)
+    assert extract_all(extractor, DATA.test.images[:0])[1] is None
     convolution = nn.Conv2d(1, 5, 3)
     floats = make_extractor(f"torchscript:{script(convolution, tmp_path / 'conv.pt')}", DATA)
     expected = convolution(DATA.test.images / 255).flatten(1).detach()
-    torch.testing.assert_close(floats.features(DATA.test.images), expected)
+    torch.testing.assert_close(floats.read(DATA.test.images)[0], expected)
+
+
+class Both(nn.Module):
+    """The features of a classifier and its logits."""
+
+    def __init__(self, network: Classifier) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.network.features(images.float() / 127.5 - 1)
+        return features, self.network.head(features)
+
+
+def test_a_torchscript_module_that_returns_logits_too_may_know_the_classes(cache: Path, tmp_path: Path) -> None:
+    trained, path = cached_classifier(DATA, cache, CPU), tmp_path / "both.pt"
+    script(Both(trained.network), path)
+    extractor = make_extractor(f"torchscript:{path}", DATA)
+    images = DATA.test.images
+    torch.testing.assert_close(extractor.read(images), make_extractor("classifier", DATA, cache).read(images))
+    assert extractor.classifies
+    assert extractor.info.accuracy == trained.accuracy
+    assert (extractor.info.name, extractor.info.dim) == ("FD-both", 64)
+    # Without test images nobody knows how well; with other classes, or labels that mean something else, nothing fits.
+    untold = dataclasses.replace(DATA, test=bars(0, 0, "test"))
+    two = dataclasses.replace(DATA.train, labels=DATA.train.labels % 2, class_names=("a", "b"))
+    other = DataSplits(two, two, two)
+    relabelled = dataclasses.replace(DATA, spec=DataSpec(source="digits", unlabelled=True))
+    for data, classifies in ((untold, True), (other, False), (relabelled, False)):
+        found = make_extractor(f"torchscript:{path}", data)
+        assert (found.classifies, found.info.accuracy) == (classifies, None)
+        torch.testing.assert_close(found.read(images), extractor.read(images))
 
 
 class Scalar(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         return images.float().mean()
+
+
+class Labelled(nn.Module):
+    """Features and the likeliest class, which is no logits."""
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        rows = images.float().flatten(1)
+        return rows, rows.argmax(1)
+
+
+class Three(nn.Module):
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = images.float().flatten(1)
+        return rows, rows, rows
 
 
 @pytest.mark.parametrize(
@@ -163,6 +213,8 @@ class Scalar(nn.Module):
             r"cannot be used .*; export a module that takes images \(1, 8, 8\)",
         ),
         (lambda path: script(Scalar(), path), r"does not return one tensor with a row of float features an image"),
+        (lambda path: script(Labelled(), path), r"does not return one tensor .*, nor a pair of it and logits; export"),
+        (lambda path: script(Three(), path), r"does not return one tensor .*, nor a pair of it and logits; export"),
     ],
 )
 def test_torchscript_files_that_cannot_serve_are_one_line(tmp_path: Path, make: object, message: str) -> None:

@@ -143,10 +143,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     cli_edit.declare(command, _picture)
 
-    evaluate = command("eval", _eval, "measure a model",
+    evaluate = command("eval", _eval, "measure a model, or images of any origin",
                        "diffstill eval runs/demo/model --teacher runs/demo/teacher",
                        out="runs/eval-RUN-MODEL")  # fmt: skip
-    evaluate.add_argument("model", help="a model folder or hub id")
+    evaluate.add_argument(
+        "model", help="a model folder or hub id; or images: an .npz, a folder of pictures, npz:PATH, folder:PATH"
+    )
     evaluate.add_argument(
         "overrides",
         nargs="*",
@@ -296,15 +298,23 @@ def _picture(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from .jobs.evaluate import evaluate, of_data, protocol_of
+    from .jobs.images import evaluate_images, holds_images, protocol_of_images
 
     runtime, ui = _session(arguments, "auto")
-    out = arguments.out or Path("runs") / f"eval-{'-'.join(Path(arguments.model).resolve().parts[-2:])}"
+    named = Path(arguments.model.partition(":")[2] or arguments.model)
+    out = arguments.out or Path("runs") / f"eval-{'-'.join(named.resolve().with_suffix('').parts[-2:])}"
     data_overrides, overrides = of_data(arguments.overrides)
+    asked = {"data": arguments.data, "data_overrides": data_overrides}
     try:
-        finished = evaluate(
-            arguments.model, out, runtime, ui, teacher=arguments.teacher, data=arguments.data,
-            data_overrides=data_overrides, spec=protocol_of(arguments.model, overrides),
-        )  # fmt: skip
+        if holds_images(arguments.model):
+            if arguments.teacher is not None:
+                mend = "leave it out: images have no guidance to compare"
+                raise InputError("teacher", arguments.teacher, mend, problem="goes with a model")
+            protocol = protocol_of_images(overrides)
+            finished = evaluate_images(arguments.model, out, runtime, ui, spec=protocol, **asked)
+        else:
+            told = protocol_of(arguments.model, overrides)
+            finished = evaluate(arguments.model, out, runtime, ui, teacher=arguments.teacher, spec=told, **asked)
     finally:
         runtime.close()
     return _tell(arguments, finished, runtime)

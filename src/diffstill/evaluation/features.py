@@ -19,27 +19,28 @@ from ..disk import file_sha256
 from ..errors import InputError
 from ..models.lineage import weights_sha256
 from .classifier import FEATURES, Trained, cached_classifier
+from .inception import open_inception
 from .results import ExtractorInfo
 
 if TYPE_CHECKING:
+    from ..data.dataset import ImageData
     from ..data.sources import DataSplits
 
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 FORMS = "use classifier, inception, inception:PATH or torchscript:PATH"
 
 
 class Extractor(Protocol):
-    """Images in, features out; no gradients, eval mode, results on the CPU."""
+    """Images in, features and perhaps logits out; no gradients, eval mode, results on the CPU."""
 
     info: ExtractorInfo
+    classifies: bool
+    """Whether its logits are of the data set's own classes, in their order."""
 
-    def features(self, images: Tensor) -> Tensor:
-        """(B, info.dim) float32 of images (B, C, H, W) uint8 on any device."""
-        ...
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features (B, info.dim) and logits (B, K), float32, of images (B, C, H, W) uint8 on any device, in one pass.
 
-    def classify(self, images: Tensor) -> Tensor | None:
-        """Logits (B, num_classes) float32, or None where the network is no classifier of the data set."""
+        The logits are of whatever classes the network knows; None where it knows none.
+        """
         ...
 
 
@@ -51,64 +52,29 @@ class ClassifierExtractor:
     """
 
     def __init__(self, trained: Trained, name: str, device: torch.device, *, classifies: bool = True) -> None:
-        self._network, self._device, self._classifies = trained.network.to(device), device, classifies
+        self._network, self._device, self.classifies = trained.network.to(device), device, classifies
         self.info = ExtractorInfo(
             name=f"FD-{name}", sha256=weights_sha256(trained.network), dim=FEATURES, accuracy=trained.accuracy
         )
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        return self._network.features(to_float(images.to(self._device))).cpu()
-
-    @torch.no_grad()
-    def classify(self, images: Tensor) -> Tensor | None:
-        return self._network(to_float(images.to(self._device))).cpu() if self._classifies else None
-
-
-class InceptionExtractor:
-    """The FID network: torch-fidelity's port of the 2015-12-05 Inception, 2048 features, TF1 bilinear to 299 px.
-
-    Grey images are repeated over three channels. Nothing is ever downloaded.
-
-    Args:
-        weights: the port's weight file; None looks where torch hub and torch-fidelity keep it.
-
-    Raises:
-        InputError: the extra is not installed, or the file is missing or is not the published one (by SHA-256).
-    """
-
-    def __init__(self, weights: Path | None, device: torch.device) -> None:
-        path = _inception_weights(weights)
-        try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            mend = "pip install 'diffstill[eval]' and a torchvision that fits your torch, or use classifier"
-            raise InputError("extractor", "inception", mend, problem=f"cannot be loaded ({error})") from None
-        # The published hash was verified above: the library's own torch.load meets that file and no other.
-        network = FeatureExtractorInceptionV3("inception", ["2048"], feature_extractor_weights_path=str(path))
-        self._network, self._device = network.to(device).eval(), device
-        self.info = ExtractorInfo(name="FID", sha256=INCEPTION_SHA256, dim=2048, resize="tf1-bilinear 299")
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        return self._network(rgb.to(self._device))[0].float().cpu()
-
-    def classify(self, images: Tensor) -> Tensor | None:
-        return None
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        features = self._network.features(to_float(images.to(self._device)))
+        return features.cpu(), self._network.head(features).cpu()
 
 
 class TorchScriptExtractor:
-    """Any TorchScript module from images to features (B, D, ...), flattened; distances are named ``FD-<file stem>``.
+    """Any TorchScript module from images to features (B, D, ...), flattened, or to a pair of those and logits (B, K).
 
-    It is given uint8 images; one that refuses those is given float32 in [0, 1]. Resizing and normalisation are the
-    module's own affair, so the file's hash says all there is to say.
+    Distances are named ``FD-<file stem>``. The module is given uint8 images; one that refuses those is given float32
+    in [0, 1]. Resizing and normalisation are its own affair, so the file's hash says all there is to say. Logits as
+    many as the data has classes are taken to be of these, and how often they are right on the test images is told.
 
     Raises:
-        InputError: the file is missing or no TorchScript, or takes neither form of ``sample``.
+        InputError: the file is missing or no TorchScript, or takes the data's images in neither form.
     """
 
-    def __init__(self, path: Path, sample: Tensor, device: torch.device) -> None:
+    def __init__(self, path: Path, data: DataSplits, device: torch.device) -> None:
         if not path.is_file():
             mend = "give the path of a TorchScript file"
             raise InputError("extractor", f"torchscript:{path}", mend, problem="is missing")
@@ -118,9 +84,15 @@ class TorchScriptExtractor:
             mend = "save the network with torch.jit.script(...).save(path)"
             raise InputError("extractor", f"torchscript:{path}", mend, problem=_because(error)) from None
         self._device = device
-        self._prepare = self._input_form(path, sample[:2].to(device))
-        dim = self.features(sample[:2]).shape[1]
-        self.info = ExtractorInfo(name=f"FD-{path.stem}", sha256=file_sha256(path), dim=dim)
+        sample = data.train.images[:2]
+        self._prepare = self._input_form(path, sample.to(device))
+        features, logits = self.read(sample)
+        own = logits is not None and logits.shape[1] == data.num_classes
+        self.classifies = own and not (data.spec and data.spec.relabelled)
+        right = _accuracy(self, data.test) if self.classifies else None
+        self.info = ExtractorInfo(
+            name=f"FD-{path.stem}", sha256=file_sha256(path), dim=features.shape[1], accuracy=right
+        )
 
     @torch.no_grad()
     def _input_form(self, path: Path, sample: Tensor) -> Callable[[Tensor], Tensor]:
@@ -132,18 +104,18 @@ class TorchScriptExtractor:
             except RuntimeError as error:
                 problem = _because(error)
                 continue
-            if isinstance(out, Tensor) and out.ndim >= 2 and len(out) == len(sample) and out.is_floating_point():
+            features, *logits = out if isinstance(out, tuple) else (out,)
+            if _rows(features, sample) and (not logits or (len(logits) == 1 and _rows(logits[0], sample, ndim=2))):
                 return form
-            problem = "does not return one tensor with a row of float features an image"
+            problem = "does not return one tensor with a row of float features an image, nor a pair of it and logits"
         mend = f"export a module that takes images {tuple(sample.shape[1:])} as uint8, or as float in [0, 1]"
         raise InputError("extractor", f"torchscript:{path}", mend, problem=problem)
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        return self._network(self._prepare(images.to(self._device))).flatten(1).float().cpu()
-
-    def classify(self, images: Tensor) -> Tensor | None:
-        return None
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = self._network(self._prepare(images.to(self._device)))
+        features, logits = out if isinstance(out, tuple) else (out, None)
+        return features.flatten(1).float().cpu(), logits.float().cpu() if logits is not None else None
 
 
 def make_extractor(
@@ -152,7 +124,7 @@ def make_extractor(
     """An extractor from ``"classifier"``, ``"inception[:PATH]"`` or ``"torchscript:PATH"``.
 
     Args:
-        data: its whole source is what the classifier is trained on; gives a sample to the others.
+        data: its whole source is what the classifier is trained on; the others meet its images and classes.
         cache_dir: where trained classifiers are kept; None: ``$DIFFSTILL_CACHE`` or ``~/.cache/diffstill``.
 
     Raises:
@@ -165,9 +137,9 @@ def make_extractor(
         trained = cached_classifier(whole_source(data), cache_dir or default_cache(), device)
         return ClassifierExtractor(trained, data.name, device, classifies=not (data.spec and data.spec.relabelled))
     if kind == "inception":
-        return InceptionExtractor(Path(path).expanduser() if path else None, device)
+        return open_inception(Path(path).expanduser() if path else None, default_cache(), device)
     if kind == "torchscript" and path:
-        return TorchScriptExtractor(Path(path).expanduser(), data.train.images, device)
+        return TorchScriptExtractor(Path(path).expanduser(), data, device)
     raise InputError("extractor", spec, FORMS, problem="is not understood")
 
 
@@ -178,27 +150,39 @@ def default_cache() -> Path:
 
 def extract(extractor: Extractor, images: Tensor, batch_size: int = 500) -> Tensor:
     """Features (N, dim) float32 of images (N, C, H, W) uint8, a batch at a time."""
-    parts = [extractor.features(part) for part in images.split(batch_size)] if len(images) else []
+    parts = [extractor.read(part)[0] for part in images.split(batch_size)] if len(images) else []
     return torch.cat(parts) if parts else torch.empty(0, extractor.info.dim)
 
 
-def _inception_weights(given: Path | None) -> Path:
-    """The weight file, verified.
+def extract_all(extractor: Extractor, images: Tensor, batch_size: int = 500) -> tuple[Tensor, Tensor | None]:
+    """Features (N, dim) and logits (N, K) float32 of images (N, C, H, W) uint8, a batch at a time.
 
-    Raises:
-        InputError: it is missing, or another file.
+    Of no images, too, the logits have their K columns: a process without a share must know what the others gather.
     """
-    folders = [Path(torch.hub.get_dir()) / "checkpoints", default_cache()]
-    places = [given] if given else [folder / name for folder in folders for name in INCEPTION_FILES]
-    path = next((place for place in places if place.is_file()), None)
-    mend = f"fetch {INCEPTION_FILES[0]} (torch-fidelity release v0.2.0) and give inception:PATH, or use classifier"
-    if path is None:
-        problem = "is missing" if given else f"has no weights in {folders[0]} or {folders[1]}"
-        raise InputError("extractor", f"inception:{given}" if given else "inception", mend, problem=problem)
-    found = file_sha256(path)
-    if found != INCEPTION_SHA256:
-        raise InputError("extractor", f"inception:{path}", mend, problem=f"is another file (sha256 {found[:8]}...)")
-    return path
+    if not len(images):
+        features, logits = extractor.read(images.new_zeros(1, *images.shape[1:]))
+        return features[:0], logits[:0] if logits is not None else None
+    parts = [extractor.read(part) for part in images.split(batch_size)]
+    known = [logits for _, logits in parts if logits is not None]
+    return torch.cat([features for features, _ in parts]), torch.cat(known) if known else None
+
+
+def _accuracy(extractor: Extractor, data: ImageData, batch_size: int = 500) -> float | None:
+    """Share of images classified right, in [0, 1]; None for an empty split."""
+    if not len(data):
+        return None
+    right = 0
+    for images, labels in zip(data.images.split(batch_size), data.labels.split(batch_size), strict=True):
+        logits = extractor.read(images)[1]
+        right += int((logits.argmax(1) == labels).sum()) if logits is not None else 0
+    return right / len(data)
+
+
+def _rows(out: Any, sample: Tensor, ndim: int | None = None) -> bool:
+    """Whether a module's output has a row of floats an image."""
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        return False
+    return out.ndim >= 2 and len(out) == len(sample) and ndim in (None, out.ndim)
 
 
 def _because(error: Exception) -> str:

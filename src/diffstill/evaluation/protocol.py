@@ -16,14 +16,16 @@ from ..models.lineage import weights_sha256
 from .cost import measure_cost
 from .distances import Distance, FeatureDistance
 from .encoding import measure_encoding
-from .features import Extractor, extract
+from .features import Extractor, extract, extract_all
 from .few_shot import FewShotFigures, pooled, repeated
 from .frechet import FeatureStats, frechet_estimate
 from .guidance_fidelity import check_comparable, measure_fidelity
+from .inception_score import inception_score
 from .intervals import mean_interval, pool, proportion
 from .neighbours import KernelDistance, Manifold, precision_recall
 from .processes import gather_rows, share
 from .results import Cost, Estimate, FewShot, Fidelity, ModelEvaluation, Protocol, ScalePoint
+from .samples import SampleStore
 from .sampling import sample_images
 from .settings import EvalSettings
 
@@ -55,6 +57,7 @@ class Evaluator:
         few_shot: None: as the data says.
         source: images of the domain that a few-shot model was adapted from.
         distance: between images, for diversity and copies; None: in the extractor's features.
+        store: where the images that are drawn are kept, and taken from where they are there; None: nowhere.
 
     Raises:
         InputError: too few images to be the reference, or a source that does not fit the data.
@@ -69,8 +72,9 @@ class Evaluator:
         few_shot: bool | None = None,
         source: ImageData | None = None,
         distance: Distance | None = None,
+        store: SampleStore | None = None,
     ) -> None:
-        self.data, self.extractor = data, extractor
+        self.data, self.extractor, self.store = data, extractor, store
         self.settings = settings or EvalSettings()
         few = bool(getattr(data, "few_shot", False)) if few_shot is None else few_shot
         reference = data.test if few else data.train
@@ -138,7 +142,7 @@ class Evaluator:
             check_comparable(denoiser, compared, self._held_out)
         meter = _Meter(progress, self._work(denoiser, schedules, steps))
         anchors: dict[int, Tensor] = {}
-        sweep = [self._point(denoiser, schedule, guided, steps, anchors, meter) for schedule in schedules]
+        sweep = [self._point(denoiser, name, schedule, guided, steps, anchors, meter) for schedule in schedules]
         meter.say("guidance fidelity and cost")
         fidelity = self._fidelity(denoiser, compared) if compared is not None else None
         measured = self._cost(denoiser, guided, steps) if cost else None
@@ -166,11 +170,31 @@ class Evaluator:
             raise ValueError("only of few-shot data")
         mine = share(self.settings.samples)
         images = repeated(self.data.train, mine)
-        features = gather_rows(extract(self.extractor, images, self.settings.batch_size))
-        metrics = self._metrics(features, images, mine.start, self.data.num_classes)
+        features, metrics = self._metrics(images, torch.tensor(mine) % self.data.num_classes)
         point = ScalePoint(guidance="none", nfe=0, few_shot=self.few_shot.measure(images, features), **metrics)
         sha256 = self.few_shot.protocol.shots_sha256
         return ModelEvaluation(name=REPLICATED, sha256=sha256, guided=False, sampler="none", sweep=[point])
+
+    def measure_images(self, pictures: ImageData, name: str, *, labelled: bool) -> ModelEvaluation:
+        """Images from anywhere in a model's place, all of them, whatever the protocol's number of samples is.
+
+        Args:
+            labelled: whether their labels are the data set's own.
+
+        Raises:
+            InputError: images of another shape, or too few.
+        """
+        if pictures.shape != self.data.shape:
+            mend = f"bring them to the shape of {self.data.name}, {self.data.shape}; diffstill resizes no samples"
+            raise InputError("samples", f"{name} {pictures.shape}", mend)
+        if len(pictures) < 2 * (self.settings.neighbours + 1):
+            raise InputError("samples", f"{name} with {len(pictures)} images", "use more images")
+        mine = share(len(pictures))
+        images, labels = pictures.images[mine.start : mine.stop], pictures.labels[mine.start : mine.stop]
+        features, metrics = self._metrics(images, labels if labelled else None)
+        few = self.few_shot.measure(images, features) if self.few_shot is not None else None
+        point = ScalePoint(guidance="none", nfe=0, few_shot=few, **metrics)
+        return ModelEvaluation(name=name, sha256=pictures.fingerprint(), guided=False, sampler="none", sweep=[point])
 
     def _encoder(
         self, denoiser: Denoiser, name: str, method: str, teacher: Denoiser | None, cost: bool
@@ -193,6 +217,7 @@ class Evaluator:
     def _point(
         self,
         denoiser: Denoiser,
+        name: str,
         schedule: GuidanceSchedule,
         guided: bool,
         steps: int,
@@ -209,21 +234,12 @@ class Evaluator:
         found: dict[str, list[Estimate]] = {}
         few: list[FewShot] = []
         for seed in self.settings.seeds:
-            images = sample_images(
-                denoiser,
-                len(mine),
-                guidance=schedule,
-                steps=steps,
-                seed=seed,
-                batch_size=self.settings.batch_size,
-                clip=self.settings.clip,
-                first=mine.start,
-                guided=guided,
+            images = self._drawn(
+                denoiser, name, schedule, seed, steps, guided,
                 progress=lambda done: meter.at(done / len(mine) * nfe * self.settings.samples, f"guidance {schedule}"),
-            )
+            )  # fmt: skip
             meter.add(nfe * self.settings.samples)
-            features = gather_rows(extract(self.extractor, images, self.settings.batch_size))
-            metrics = self._metrics(features, images, mine.start, denoiser.num_classes)
+            features, metrics = self._metrics(images, torch.tensor(mine) % denoiser.num_classes)
             if self.few_shot is not None:
                 few.append(self.few_shot.measure(images, features))
             if seed in anchors:
@@ -234,10 +250,58 @@ class Evaluator:
         estimates = {metric: pool(each) for metric, each in found.items()}
         return ScalePoint(guidance=str(schedule), nfe=nfe, few_shot=pooled(few) if few else None, **estimates)
 
-    def _metrics(self, features: Tensor, images: Tensor, first: int, num_classes: int) -> dict[str, Estimate]:
-        """The metrics of one seed: ``features`` (N, dim) of all images, ``images`` (n, C, H, W) uint8 this process's
-        from index ``first`` on."""
+    def _drawn(
+        self,
+        denoiser: Denoiser,
+        name: str,
+        schedule: GuidanceSchedule,
+        seed: int,
+        steps: int,
+        guided: bool,
+        progress: Callable[[int], None],
+    ) -> Tensor:
+        """This process's images of one setting and seed, (n, C, H, W) uint8; from the store where it has them."""
+        mine = share(self.settings.samples)
+        made = {
+            "model": weights_sha256(denoiser.network),
+            "levels": denoiser.schedule.fingerprint(),
+            "sampler": denoiser.sampler,
+            "guidance": str(schedule) if guided else "none",
+            "steps": steps,
+            "seed": seed,
+            "clip": self.settings.clip,
+            "first": mine.start,
+            "count": len(mine),
+        }
+        held = self.store.held(name, made) if self.store is not None else None
+        if held is not None:
+            return held
+        images = sample_images(
+            denoiser,
+            len(mine),
+            guidance=schedule,
+            steps=steps,
+            seed=seed,
+            batch_size=self.settings.batch_size,
+            clip=self.settings.clip,
+            first=mine.start,
+            guided=guided,
+            progress=progress,
+        )
+        if self.store is not None:
+            self.store.keep(name, made, images, torch.tensor(mine) % denoiser.num_classes)
+        return images
+
+    def _metrics(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, Estimate]]:
+        """The features (N, dim) of all processes' images and what follows from them.
+
+        Args:
+            images: (n, C, H, W) uint8, this process's.
+            labels: (n,) int64, the classes that were asked for; None where nobody asked.
+        """
         settings = self.settings
+        own, logits = extract_all(self.extractor, images, settings.batch_size)
+        features = gather_rows(own)
         points = features[: settings.neighbour_points]
         near = precision_recall(self._points, points, settings.neighbours, real_manifold=self._manifold)
         found = {
@@ -248,13 +312,12 @@ class Evaluator:
         }
         if self._test is not None:
             found["fd_test"] = frechet_estimate(features, self._test)
-        logits = [self.extractor.classify(part) for part in images.split(settings.batch_size)]
-        known = [part for part in logits if part is not None]
-        if known:
-            labels = torch.arange(first, first + len(images)) % num_classes
-            right = gather_rows((torch.cat(known).argmax(1) == labels).long())
+        if logits is not None:
+            found["inception_score"] = inception_score(gather_rows(logits))
+        if logits is not None and labels is not None and self.extractor.classifies:
+            right = gather_rows((logits.argmax(1) == labels).long())
             found["class_agreement"] = proportion(int(right.sum()), len(right))
-        return found
+        return features, found
 
     def _fidelity(self, denoiser: Denoiser, teacher: Denoiser) -> Fidelity:
         return measure_fidelity(

@@ -108,6 +108,11 @@ class ScalePoint(Result):
     precision: Estimate | None = None
     recall: Estimate | None = None
     class_agreement: Estimate | None = Field(None, description="share of samples classified as the label asked for")
+    inception_score: Estimate | None = Field(
+        None,
+        description="exp of the mean KL divergence of an image's class probabilities from their mean, over 10 parts; "
+        "the Inception score only in the features of FID, elsewhere its analogue",
+    )
     response: Estimate | None = Field(
         None, description="mean distance in features from the same noise and label at the sweep's first setting"
     )

@@ -18,15 +18,16 @@ from ..evaluation.protocol import Evaluator
 from ..evaluation.results import ModelEvaluation
 from ..methods import METHODS
 from ..models.adapters import unwrap
-from ..recipe import ArmSpec, DistillRecipe, MethodSpec, resolved
+from ..recipe import ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, resolved
 from ..report.arena import ArenaArm, ArenaResult, ArmSeed, Budget
 from ..report.page import write_arena
 from ..report.receipt import environment
 from .build import Teacher, build_arm, check_data, check_run, probe_data
 from .distill import PROBE_PAIRS, blank_teacher, inputs_of, obtain_teacher
-from .finish import Subject, describe_data, draw_pictures, evaluator_for
+from .finish import Subject, describe_data, draw_pictures, evaluator_for, refresh_card
 from .folder import RunFolder
 from .stage import Planned, run_stage
+from .train import save_trained
 from .ui import Ui
 
 CHEAPER = 0.9
@@ -81,11 +82,11 @@ def arena(
         build_arm(recipe, spec, blank, recipe.seed)
     identity = {**resolved(recipe), "arms": sorted(arms)}
     folder = RunFolder(out, identity, inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)
-    evaluator = evaluator_for(recipe.evaluation, data, runtime)
+    evaluator = evaluator_for(recipe.evaluation, data, runtime, out)
     folder.claim()
     runtime.barrier()
     teacher, _ = obtain_teacher(recipe, data, folder, runtime, ui)
-    session = _Session(recipe, data, folder.path, runtime, ui, evaluator, teacher)
+    session = _Session(recipe, arms, reference, data, folder.path, runtime, ui, evaluator, teacher)
     found: dict[str, list[ArmSeed]] = {name: [] for name in arms}
     parameters: dict[str, int] = {}
     longer: dict[str, int] = {}
@@ -139,6 +140,8 @@ class _Session:
     def __init__(
         self,
         recipe: DistillRecipe,
+        arms: dict[str, ArmSpec],
+        reference: str,
         data: DataSplits,
         path: Path,
         runtime: Runtime,
@@ -146,6 +149,7 @@ class _Session:
         evaluator: Evaluator,
         teacher: Teacher,
     ) -> None:
+        self.arms, self.timed = arms, ("teacher", reference)
         self.recipe, self.data, self.path, self.runtime, self.ui = recipe, data, path, runtime, ui
         self.evaluator, self.teacher = evaluator, teacher
         self.notes: list[str] = []
@@ -183,6 +187,8 @@ class _Session:
             # The first seed's pictures stand for the arm.
             pictures = budget == "equal_steps" and seed == self.recipe.seed
             evaluation = self.evaluate(f"{name}/{arm.name}", subject, self.teacher, pictures=pictures)
+            if self.recipe.arena.keep_models and self.runtime.is_main:
+                self._keep(arm, self.path / "models" / name / arm.name, seed, evaluation)
             found[arm.name].append(
                 ArmSeed(
                     seed=seed,
@@ -195,6 +201,19 @@ class _Session:
                 )
             )
 
+    def _keep(self, arm: Arm, folder: Path, seed: int, evaluation: ModelEvaluation) -> None:
+        """The arm's student as a model folder, with its figures on its card."""
+        if arm.failed is not None or (folder / "model_index.json").exists():
+            return
+        spec = self.arms[arm.name]
+        network = NetworkSpec.model_validate({**self.recipe.student.model_dump(mode="json"), **spec.student})
+        recipe = self.recipe.model_copy(update={"method": spec.method, "student": network})
+        save_trained(
+            folder, arm.student, arm.method, recipe=recipe, data=self.data, images=arm.images,
+            teacher=self.teacher.lineage, name=f"{recipe.name}-{arm.name}", seed=seed,
+        )  # fmt: skip
+        refresh_card(folder, evaluation, self.path, recipe.evaluation.default_guidance)
+
     def evaluate(
         self, name: str, subject: Subject, teacher: Teacher | None, *, pictures: bool = True
     ) -> ModelEvaluation:
@@ -204,13 +223,15 @@ class _Session:
             return ModelEvaluation.model_validate_json(kept.read_text(encoding="utf-8"))
         with self.ui.bar(f"evaluate {name}", 1.0) as bar:
             bar.update(0.0)
+            # One memory layout for all, or their latencies would not compare.
+            self.runtime.place(subject.denoiser.network, channels_last=False)
             found = self.evaluator.evaluate(
                 subject.denoiser,
                 subject.role,
                 subject.method,
                 teacher=teacher.denoiser if teacher else None,
                 guided=subject.guided,
-                cost=subject.role == "teacher",
+                cost=subject.role in self.timed and pictures,
                 progress=bar.update,
             )
         if self.runtime.is_main:

@@ -156,7 +156,7 @@ def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
     data = stage_data.own
     check_stages(stages, stage_data, runtime, recipe.evaluation.guidance)
     folder = ChainFolder(out, recipe, fresh=fresh, write=runtime.is_main)
-    evaluator = evaluator_for(recipe.evaluation, data, runtime)
+    evaluator = evaluator_for(recipe.evaluation, data, runtime, out)
     folder.claim()
     runtime.barrier()
     done: dict[str, Artefact] = {}

@@ -16,7 +16,7 @@ from ..diffusion.interpolation import lerp, slerp
 from ..diffusion.sampling import Predict, ddim_sample, image_noise, level, noise_source
 from ..engine.runtime import Runtime
 from ..errors import InputError
-from ..evaluation.features import Extractor, make_extractor
+from ..evaluation.features import Extractor, extract_all, make_extractor
 from ..evaluation.intervals import proportion
 from ..evaluation.paired import psnr, squared_error
 from ..evaluation.results import Estimate
@@ -189,7 +189,7 @@ def _measured(
     quality = float(psnr(squared_error(back.double() / 255, originals.double() / 255).mean()))
     line = f"reconstruction: {quality:.2f} dB PSNR over {len(back)} images"
     figures = {"classifier": extractor.info.name, "reconstruction_psnr": Estimate.of(quality).value}
-    logits = extractor.classify(moved)
+    logits = extract_all(extractor, moved)[1] if extractor.classifies else None
     if logits is None:
         return {**figures, "called_goal": None}, (line,)
     called = proportion(int((logits.argmax(1) == goal).sum()), len(moved))

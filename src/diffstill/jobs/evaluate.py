@@ -13,18 +13,20 @@ from ..diffusion.guidance import GuidanceSchedule, parse_guidance
 from ..diffusion.sampling import ClipMode
 from ..engine.runtime import Runtime
 from ..errors import InputError, RunFailed
+from ..evaluation.samples import write_samples
 from ..evaluation.sampling import sample_images
 from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
 from ..recipe import AnyRecipe, EvaluationSpec, override_section, parse_recipe
 from ..report.page import write_report
-from ..report.pictures import grid, save_png
+from ..report.pictures import grid, plain, save_png
 from ..report.receipt import Receipt, environment
 from .build import as_teacher, check_data, check_scales, seen_through
 from .finish import (
     Subject,
     ancestry,
     baselines_of,
+    check_out,
     describe_data,
     draw_pictures,
     draw_shots,
@@ -89,14 +91,14 @@ def sample(
     clip: ClipMode = "recompute",
     batch_size: int = 256,
 ) -> Path:
-    """Draws images into one PNG grid (``out`` ends in .png), or one PNG an image (``out`` is a folder)."""
+    """Draws images into one PNG grid (``out`` ends in .png), one array (``.npz``), or one PNG an image (a folder)."""
     model = load_model(source, runtime.device)
     scale = guidance_of(guidance, model)
     wanted = parse_labels(labels, model.class_names)
     if count is not None and count < 1:
         raise InputError("n", count, "ask for one image or more")
-    if out.suffix and out.suffix.lower() != ".png":
-        raise InputError("out", str(out), "name a .png file for a grid, or a folder for single images")
+    if out.suffix and out.suffix.lower() not in (".png", ".npz"):
+        raise InputError("out", str(out), "name a .png file for a grid, an .npz file, or a folder for single images")
     if seed < 0:
         raise InputError("seed", seed, "use 0 or a greater whole number")
     per_row = 8
@@ -119,14 +121,17 @@ def sample(
             progress=bar.update,
         )
     try:
-        if out.suffix.lower() == ".png":
+        if out.suffix.lower() == ".npz":
+            made = {"model": source, "guidance": str(scale), "seed": seed, "clip": clip}
+            write_samples(out, images, torch.tensor(wanted), made)
+        elif out.suffix.lower() == ".png":
             out.parent.mkdir(parents=True, exist_ok=True)
             save_png(grid(images, min(per_row, len(images))), out)
         else:
             out.mkdir(parents=True, exist_ok=True)
             for number, (image, label) in enumerate(zip(images, wanted, strict=True)):
                 name = re.sub(r"[^\w.-]+", "_", model.class_names[label])
-                save_png(grid(image[None], 1, factor=1), out / f"{number:06d}-{name}.png")
+                save_png(plain(image), out / f"{number:06d}-{name}.png")
     except OSError as error:
         raise RunFailed(f"cannot write {out}: {error}") from error
     return out
@@ -154,8 +159,7 @@ def evaluate(
     spec = spec or (recipe.evaluation if recipe else EvaluationSpec())
     if recipe and spec is recipe.evaluation:  # a chain's protocol may be of more steps than a stage's model has
         spec = spec.model_copy(update={"steps": min(spec.steps, model.denoiser.schedule.T)})
-    if (out / "receipt.json").exists() and Receipt.load(out / "receipt.json").kind != "eval":
-        raise InputError("out", str(out), "name another folder", problem="holds a run, whose receipt would be lost")
+    check_out(out)
     splits = load_data(data_spec)
     check_data(splits, model.denoiser, "model")
     if model.guided:
@@ -169,7 +173,7 @@ def evaluate(
         made = seen_through(as_teacher(loaded), model.denoiser)
         student = Subject("student", model.denoiser, method, model.folder, model.guided, against=made.denoiser)
         subjects = [*teacher_subjects(made, spec), student]
-    evaluator = evaluator_for(spec, splits, runtime)
+    evaluator = evaluator_for(spec, splits, runtime, out)
     models = evaluate_subjects(subjects, evaluator, runtime, ui)
     receipt = Receipt(
         kind="eval",

@@ -14,12 +14,14 @@ from ..data.dataset import to_float, to_uint8
 from ..data.sources import DataSplits, load_data
 from ..diffusion.guidance import parse_guidance
 from ..engine.runtime import Runtime
+from ..errors import InputError
 from ..evaluation.distances import make_distance
 from ..evaluation.encoding import decode, encode
 from ..evaluation.features import make_extractor
 from ..evaluation.few_shot import FewShotFigures
 from ..evaluation.protocol import REPLICATED, EvalSettings, Evaluator
 from ..evaluation.results import ModelEvaluation
+from ..evaluation.samples import SampleStore
 from ..evaluation.sampling import sample_images
 from ..models.denoiser import Denoiser
 from ..models.folder import load_model, save_model
@@ -80,8 +82,22 @@ def few_steps_subjects(student: Denoiser, teacher: Teacher) -> list[Subject]:
     return [Subject(name, student.with_network(teacher.denoiser.network), "", None, guided=False, steps=K)]
 
 
-def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime) -> Evaluator:
-    """The evaluator of a recipe's protocol; made before training, so that a missing extractor is said at once."""
+def check_out(out: Path) -> None:
+    """An evaluation must not write over a run.
+
+    Raises:
+        InputError: a folder that holds one.
+    """
+    if (out / "receipt.json").exists() and Receipt.load(out / "receipt.json").kind != "eval":
+        raise InputError("out", str(out), "name another folder", problem="holds a run, whose receipt would be lost")
+
+
+def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime, out: Path | None = None) -> Evaluator:
+    """The evaluator of a recipe's protocol; made before training, so that a missing extractor is said at once.
+
+    Args:
+        out: the run's folder, under which samples are kept where the recipe says so; None keeps none.
+    """
     extractor = make_extractor(spec.extractor, data, device=runtime.device)
     settings = EvalSettings(
         samples=spec.samples,
@@ -95,7 +111,8 @@ def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime) -> E
     )
     source = load_data(spec.source).train if spec.source is not None else None
     distance = make_distance(spec.distance, extractor, runtime.device)
-    return Evaluator(data, extractor, settings, source=source, distance=distance)
+    store = SampleStore(out / "samples") if spec.keep_samples and out is not None else None
+    return Evaluator(data, extractor, settings, source=source, distance=distance, store=store)
 
 
 def baselines_of(evaluator: Evaluator) -> dict[str, ModelEvaluation]:

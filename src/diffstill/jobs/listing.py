@@ -19,6 +19,7 @@ METRICS = [
     ("kid", "kernel distance, polynomial kernel of degree 3, unbiased"),
     ("precision, recall", "improved precision and recall, k = 3"),
     ("class_agreement", "share of samples that the data set's classifier gives the label asked for"),
+    ("inception_score", "clear and varied classes: the Inception score with extractor=inception, else its analogue"),
     ("response", "how far samples of equal noise move in features as the guidance scale turns"),
     ("ratio, cosine, gap_mse", "guidance fidelity: the student's gap against the teacher's at the same (x_t, t, y)"),
     ("cond_mse, null_mse, best_rescale", "each branch against the teacher's; the best scalar correction of the gap"),

@@ -78,14 +78,19 @@ def save_trained(
     )
 
 
+def untrained(recipe: TrainRecipe, data: DataSplits) -> Method:
+    """The recipe's method around its fresh network."""
+    denoiser = build_denoiser(
+        recipe.network, data.shape, data.num_classes, recipe.schedule.build(), recipe.prediction_type, recipe.seed
+    )
+    return build_method(recipe.method, Setting(denoiser), recipe.seed)
+
+
 def train_teacher(
     recipe: TrainRecipe, data: DataSplits, work: Path, model: Path, runtime: Runtime, ui: Ui
 ) -> tuple[Teacher, TrainingSummary]:
     """Trains (or resumes, or finds finished) the recipe's network in ``work`` and saves it as ``model``."""
-    denoiser = build_denoiser(
-        recipe.network, data.shape, data.num_classes, recipe.schedule.build(), recipe.prediction_type, recipe.seed
-    )
-    method = build_method(recipe.method, Setting(denoiser), recipe.seed)
+    method = untrained(recipe, data)
     trainer = run_stage(
         [Planned(recipe.name, method)],
         title=f"train {recipe.name}",
@@ -115,15 +120,13 @@ def train(recipe: TrainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
         RunFailed, Interrupted: see ``Trainer.run``.
     """
     data = load_data(recipe.data)
-    build_denoiser(
-        recipe.network, data.shape, data.num_classes, recipe.schedule.build(), recipe.prediction_type, recipe.seed
-    )
+    untrained(recipe, data)
     check_run(recipe, recipe.schedule.num_train_timesteps, runtime)
     inputs = {"data": data.fingerprint()}
     folder = RunFolder(out, resolved(recipe), inputs, fresh=fresh, write=runtime.is_main)
     if folder.finished:
         return Finished(out, Receipt.load(folder.receipt), already=True)
-    evaluator = evaluator_for(recipe.evaluation, data, runtime)
+    evaluator = evaluator_for(recipe.evaluation, data, runtime, out)
     folder.claim()
     runtime.barrier()
     teacher, summary = train_teacher(recipe, data, out, folder.model, runtime, ui)

@@ -117,6 +117,9 @@ class EvaluationSpec(Section):
     pairs: int = Field(2000, ge=10, description="held-out (x_t, t, y) for guidance fidelity")
     clip: ClipMode = Field("recompute", description="what DDIM does after clipping x0 (D23)")
     batch_size: int = Field(500, gt=0, description="images sampled at once; no result depends on it")
+    keep_samples: bool = Field(
+        False, description="keep the images that are measured, as .npz under samples/, and go on from them after a stop"
+    )
     latency_batches: tuple[int, ...] = Field((1, 64), description="images sampled at once where time is measured")
     default_guidance: str | None = Field(None, description="stored in the pipeline; null: the scale of the best FD")
     source: DataSpec | None = Field(
@@ -247,6 +250,7 @@ class ArenaSpec(Section):
     arms: dict[str, ArmSpec] = {}
     reference: str = "dash"
     equal_seconds: bool = Field(True, description="train cheaper arms a second time, for the reference's seconds")
+    keep_models: bool = Field(False, description="save every arm's student as a model folder, under models/")
 
 
 class Base(Section):

@@ -75,6 +75,12 @@ def grid(
     return sheet
 
 
+def plain(image: Tensor) -> Image.Image:
+    """One image (C, H, W) uint8 as it is, grey or RGB."""
+    pixels = image.permute(1, 2, 0).contiguous().numpy()
+    return Image.fromarray(pixels[:, :, 0] if len(image) == 1 else pixels)
+
+
 def class_grid(images: Tensor, labels: Tensor, class_names: Sequence[str], per_class: int = 8) -> Image.Image:
     """The first ``per_class`` images of each class, one row a class, named in the margin.
 

@@ -162,6 +162,7 @@ def sweep_table(models: Mapping[str, ModelEvaluation], metric: str) -> Table:
         "precision",
         "recall",
         "class agreement",
+        "Inception score" if metric == "FID" else "score by classes",
         "diversity, of the real",
         "copies",
     ]
@@ -178,6 +179,7 @@ def sweep_table(models: Mapping[str, ModelEvaluation], metric: str) -> Table:
                     words.estimate(point.fd),
                     *cells,
                     words.percent(point.class_agreement),
+                    words.estimate(point.inception_score),
                     words.percent(point.few_shot.diversity_share if point.few_shot else None),
                     words.percent(point.few_shot.memorised if point.few_shot else None),
                 ]

@@ -92,7 +92,7 @@ def _open(home: Location, spec: DataSpec, cache_dir: Path | None) -> dict[str, P
         return open_hub(home, spec, cache_dir)
     openers: Mapping[str, Callable[[Location], dict[str, Part]]] = {
         "digits": lambda _: {"train": digits()},
-        "folder": open_folder,
+        "folder": lambda where: open_folder(where, spec.unlabelled),
         "npz": lambda where: open_npz(where, spec),
         "parquet": lambda where: open_parquet(where, spec),
         "hub": lambda where: open_hub(where, spec.model_copy(update={"train": None, "test": None}), cache_dir),

@@ -1,0 +1,126 @@
+"""``diffstill eval IMAGES``: samples that are on disk already, from any program, measured as a model's are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ..data.dataset import ImageData
+from ..data.sources import DataSpec, DataSplits, load_data
+from ..data.sources.folder import is_flat
+from ..engine.runtime import Runtime
+from ..errors import InputError
+from ..recipe import EvaluationSpec, override_section
+from ..report.page import write_report
+from ..report.pictures import class_grid, grid, save_png
+from ..report.receipt import Receipt, environment
+from .finish import GRID_PER_CLASS, baselines_of, check_out, describe_data, draw_shots, evaluator_for
+from .train import Finished
+from .ui import Ui
+
+KINDS = ("npz", "folder", "parquet")
+SHOWN, SHOWN_CLASSES = 80, 20
+"""Images in the picture of unlabelled ones; classes in that of labelled ones."""
+
+
+def holds_images(text: str) -> bool:
+    """Whether a command line's MODEL names images instead: ``npz:``, ``folder:`` or ``parquet:`` and a path, an
+    ``.npz`` or ``.parquet`` file, or a folder of image files."""
+    path = Path(text).expanduser()
+    if text.partition(":")[0] in KINDS and ":" in text:
+        return True
+    return path.suffix.lower() in (".npz", ".parquet") or is_flat(path)
+
+
+def open_images(text: str) -> tuple[ImageData, bool]:
+    """All images of a source in one split, in its order; whether they have labels.
+
+    Raises:
+        InputError: no images, or none that can be read.
+    """
+    flat = is_flat(Path(text.removeprefix("folder:")).expanduser())
+    whole = {"val_fraction": 0.0, "test_fraction": 0.0, "unlabelled": flat}
+    try:
+        parts = load_data(DataSpec.parse(text).model_copy(update=whole))
+    except InputError as error:
+        raise InputError.about("samples", str(error).partition(": ")[2]) from None
+    each = [part for part in (parts.train, parts.val, parts.test) if len(part)]
+    images, labels = (torch.cat([getattr(part, name) for part in each]) for name in ("images", "labels"))
+    return ImageData(parts.name, "samples", images, labels, parts.class_names), not flat
+
+
+def protocol_of_images(overrides: Sequence[str]) -> EvaluationSpec:
+    """The protocol asked for on the command line (``extractor=inception``)."""
+    return override_section(EvaluationSpec(), overrides, "evaluation")
+
+
+def evaluate_images(
+    source: str,
+    out: Path,
+    runtime: Runtime,
+    ui: Ui,
+    *,
+    data: str | None,
+    data_overrides: Sequence[str] = (),
+    spec: EvaluationSpec | None = None,
+) -> Finished:
+    """Measures images against a data set and writes a receipt and a report.
+
+    Args:
+        data: the reference; required.
+        data_overrides: ``key=value`` of the reference's data section.
+
+    Raises:
+        InputError: images that do not fit the data, or options that do not go with images.
+    """
+    if data is None:
+        mend = "name the images to compare with: --data digits, --data npz:cifar10"
+        raise InputError("data", None, mend, problem="is not known from images")
+    check_out(out)
+    pictures, labelled = open_images(source)
+    splits = load_data(override_section(DataSpec.parse(data), data_overrides, "data"))
+    evaluator = evaluator_for(spec or EvaluationSpec(), splits, runtime)
+    known = labelled and _same_classes(pictures, splits)
+    with ui.bar(f"measure {len(pictures)} images", 1.0) as bar:
+        bar.update(0.0)
+        found = evaluator.measure_images(pictures, pictures.name, labelled=known)
+        bar.update(1.0)
+    told = {"samples": len(pictures), "sampler": "none", "steps": 0, "guidance": ["none"], "seeds": [], "weights": ""}
+    told |= {"labels": "as stored" if known else "none"}
+    receipt = Receipt(
+        kind="eval",
+        name=pictures.name,
+        seed=0,
+        environment=environment(runtime.device),
+        data=describe_data(splits),
+        protocol=evaluator.protocol.model_copy(update=told),
+        models={"samples": found},
+        baselines=baselines_of(evaluator),
+    )
+    if runtime.is_main:
+        path = save_png(_picture(pictures, splits, known), out / "pictures" / "samples-grid.png")
+        found.images["grid"] = str(path.relative_to(out))
+        draw_shots(receipt.baselines, splits, out)
+        write_report(receipt, out, out / "report.html")
+        receipt.save(out / "receipt.json")
+    runtime.barrier()
+    return Finished(out, receipt)
+
+
+def _same_classes(pictures: ImageData, data: DataSplits) -> bool:
+    """Whether the labels are the data's: by the same names, or by number."""
+    if pictures.class_names == data.class_names:
+        return True
+    numbers = all(name.isdigit() for name in pictures.class_names)
+    return numbers and pictures.num_classes <= data.num_classes
+
+
+def _picture(pictures: ImageData, data: DataSplits, labelled: bool) -> Image.Image:
+    """The first images of each class, or of all."""
+    if not labelled:
+        return grid(pictures.images[:SHOWN], 10)
+    few = pictures.labels < SHOWN_CLASSES
+    return class_grid(pictures.images[few], pictures.labels[few], data.class_names, GRID_PER_CLASS)
