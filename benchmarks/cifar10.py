@@ -1,0 +1,260 @@
+"""DASH's headline on CIFAR-10, on whatever GPU there is and in whatever time: published networks, a stated budget.
+
+    python benchmarks/cifar10.py --data npz:cifar10 --extractor ResNet56.pt        # again, until it says "all done"
+
+One call works for at most ``--minutes`` and then stops; the same call goes on where the last one ended (exit code 75
+until all is done). The stages: ``throughput`` (the ladder), ``plan`` (how many images fit the minutes), ``arena``
+(teacher, students in one pass, 10,000 images a model and setting, fidelity, latency), ``results`` (one JSON, pictures).
+docs/cifar10.md says where data and extractor come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cifar10_results import collect, table
+from machine import describe
+
+from diffstill.data.sources import DataSplits, load_data
+from diffstill.disk import write_text
+from diffstill.engine.arm import Arm
+from diffstill.engine.loop import Trainer
+from diffstill.engine.runtime import Runtime
+from diffstill.engine.settings import TrainSettings
+from diffstill.engine.stream import BatchStream
+from diffstill.jobs.build import build_arm
+from diffstill.jobs.distill import blank_teacher, teacher_recipe
+from diffstill.jobs.train import untrained
+from diffstill.methods.base import Method
+from diffstill.models.denoiser import Denoiser
+from diffstill.recipe import DistillRecipe, load_recipe
+from diffstill.report.arena import ArenaResult
+
+RECIPE = "dash-cifar10-arena"
+GO_ON = 75
+"""Exit code of a call whose time ran out (EX_TEMPFAIL): type it again."""
+STOPPED = 128 + signal.SIGTERM
+"""Exit code of a diffstill command that was stopped and saved."""
+GRACE = 60
+"""Seconds that a stopped command gets to save itself."""
+PUBLISHED = {"teacher": 25_000_000, "student": 15_000_000}
+"""Images that the paper's models saw; no plan goes beyond."""
+SPARE = 0.9
+"""Share of the time that is planned for: evaluation during training, checkpoints and the start are the rest."""
+SMOKE = (
+    "teacher.overrides.network.block_out_channels=[8, 8]",
+    "teacher.overrides.network.layers_per_block=1",
+    "teacher.overrides.network.norm_num_groups=4",
+    "student.block_out_channels=[8, 8]",
+    "student.norm_num_groups=4",
+    "teacher.overrides.training.batch_size=8",
+    "training.batch_size=8",
+    "teacher.overrides.training.compile=false",
+    "training.compile=false",
+    "evaluation.samples=40",
+    "evaluation.pairs=20",
+    "evaluation.steps=2",
+    "evaluation.guidance=[1, 2]",
+    "evaluation.latency_batches=[1]",
+)
+"""Overrides that make everything tiny: does it run at all?"""
+
+
+@dataclass
+class Call:
+    """One call of the script: its arguments and how much of its time is left."""
+
+    args: argparse.Namespace
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        return self.args.minutes * 60 - (time.monotonic() - self.began)
+
+    @property
+    def runs(self) -> Path:
+        return Path(self.args.runs)
+
+    def command(self, *words: str) -> None:
+        """Runs a command until it is done, or stops it when the time is out.
+
+        Raises:
+            SystemExit: with ``GO_ON`` where the time ran out, with the command's own code where it failed.
+        """
+        process = subprocess.Popen([sys.executable, *words])
+        try:
+            code = process.wait(timeout=max(1.0, self.left - GRACE / 2))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            try:
+                process.wait(timeout=GRACE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            code = STOPPED
+        if code in (STOPPED, -signal.SIGTERM):
+            print("time is out; the same call goes on", flush=True)
+            raise SystemExit(GO_ON)
+        if code:
+            raise SystemExit(code)
+
+
+def throughput(call: Call) -> Path:
+    """The ladder of teacher training and of the DASH step, finished ladders and rungs kept."""
+    out = call.runs / "throughput.json"
+    if not (out.exists() and json.loads(out.read_text(encoding="utf-8"))["complete"]):
+        quick = ["--quick", "--nets", "digits", "--work", "train", "--no-sampling"] if call.args.smoke else []
+        script = str(Path(__file__).with_name("throughput.py"))
+        asked = [script, "--nets", "cifar", "--device", call.args.device, "--out", str(out), "--resume", *quick]
+        call.command(*asked)
+    return out
+
+
+def plan(call: Call) -> dict[str, Any]:
+    """How many images of training fit: measured now, on this device, with the very arms; kept for later calls."""
+    file = call.runs / "plan.json"
+    if file.exists():
+        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return known
+    runtime = Runtime(call.args.device)
+    recipe = load_recipe(RECIPE, overrides(call.args, {"teacher": 10**6, "student": 10**6}))
+    assert isinstance(recipe, DistillRecipe)
+    data = load_data(recipe.data)
+    measured = rates(recipe, data, runtime, call.args.rate_seconds)
+    minutes = {"teacher": call.args.teacher_minutes, "student": call.args.student_minutes}
+    images = {
+        role: budget(rate, minutes[role], recipe.training.batch_size, PUBLISHED[role])
+        for role, rate in measured.items()
+    }
+    made = {"images_per_s": measured, "minutes": minutes, "images": images, "machine": describe(runtime.device)}
+    write_text(file, json.dumps(made, indent=1, sort_keys=True) + "\n")
+    return made
+
+
+def budget(rate: float, minutes: float, batch: int, most: int) -> int:
+    """Images, in whole batches, that ``minutes`` are enough for at ``rate`` images/s; one batch at least."""
+    images = min(rate * minutes * 60 * SPARE, most)
+    return max(1, int(images) // batch) * batch
+
+
+def rates(recipe: DistillRecipe, data: DataSplits, runtime: Runtime, seconds: float) -> dict[str, float]:
+    """Images/s of the teacher's training, and of all the arms together in one pass, as the arena runs them."""
+    upstream = teacher_recipe(recipe)
+    assert upstream is not None
+    blank = blank_teacher(recipe, data)
+    arms = {name: build_arm(recipe, spec, blank, recipe.seed) for name, spec in recipe.arena.arms.items()}
+    eager = recipe.training.model_copy(update={"compile": False})
+    return {
+        "teacher": _rate({"teacher": untrained(upstream, data)}, upstream.training, None, data, runtime, seconds),
+        "student": _rate(arms, eager, blank.denoiser, data, runtime, seconds),
+    }
+
+
+def _rate(
+    methods: dict[str, Method],
+    settings: TrainSettings,
+    teacher: Denoiser | None,
+    data: DataSplits,
+    runtime: Runtime,
+    seconds: float,
+) -> float:
+    """Steps for ``seconds`` after the first few (allocation, autotuning, compilation)."""
+    schedule = next(iter(methods.values())).schedule
+    stream = BatchStream(data.train, schedule, batch_size=settings.batch_size, seed=0, device=runtime.device)
+    arms = [Arm(name, method, settings, runtime) for name, method in methods.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(arms, stream, settings, runtime, Path(folder), teacher=teacher)
+        for _ in range(3):
+            trainer.step()
+        runtime.synchronize()
+        began, steps = time.monotonic(), 0
+        while time.monotonic() - began < seconds or steps == 0:
+            trainer.step()
+            runtime.synchronize()
+            steps += 1
+        return steps * settings.batch_size / (time.monotonic() - began)
+
+
+def overrides(args: argparse.Namespace, images: dict[str, int]) -> list[str]:
+    """What the recipe is told: the data, the extractor, the budget. Warm-up is a tenth of the training at most."""
+    found = [
+        f"data.source={args.data}",
+        f"evaluation.extractor=torchscript:{args.extractor}",
+        f"evaluation.samples={args.samples}",
+        f"teacher.overrides.training.images={images['teacher']}",
+        f"teacher.overrides.training.warmup_images={min(128_000, images['teacher'] // 10)}",
+        f"training.images={images['student']}",
+        f"training.warmup_images={min(128_000, images['student'] // 10)}",
+    ]
+    return [*found, *(SMOKE if args.smoke else ()), *args.overrides]
+
+
+def arena(call: Call, planned: dict[str, Any]) -> Path:
+    """Teacher, students, samples, figures: one command that goes on by itself."""
+    out = call.runs / "arena"
+    if not (out / "arena.json").exists():
+        words = ["-m", "diffstill", "arena", RECIPE, *overrides(call.args, planned["images"])]
+        call.command(*words, "--seeds", str(call.args.seeds), "--device", call.args.device, "--out", str(out))
+    return out
+
+
+def results(call: Call, ladder: Path, planned: dict[str, Any], arena_dir: Path) -> None:
+    """The JSON and the pictures that are committed; the table on the screen."""
+    found = collect(
+        ArenaResult.load(arena_dir), json.loads(ladder.read_text(encoding="utf-8")), planned, smoke=call.args.smoke
+    )
+    write_text(call.args.out / "cifar10.json", json.dumps(found, indent=1, sort_keys=True) + "\n")
+    for picture in sorted((arena_dir / "pictures").glob("*-grid.png")):
+        shutil.copy(picture, call.args.out / picture.name)
+    print(table(found))
+    print(f"all done: {call.args.out}; samples for the real FID: {arena_dir / 'samples'} (docs/cifar10.md)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments(argv)
+    call = Call(args)
+    call.runs.mkdir(parents=True, exist_ok=True)
+    ladder = throughput(call)
+    planned = plan(call)
+    if call.left < GRACE and not (call.runs / "arena" / "arena.json").exists():
+        print("time is out; the same call goes on")
+        return GO_ON
+    results(call, ladder, planned, arena(call, planned))
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=f"further overrides of {RECIPE}")
+    parser.add_argument("--data", default="hub:uoft-cs/cifar10", help="CIFAR-10: a source as in docs/data.md")
+    parser.add_argument("--extractor", type=Path, required=True, help="TorchScript of a CIFAR-10 classifier")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of this call; the next one goes on")
+    parser.add_argument("--teacher-minutes", type=float, default=60.0, help="of the teacher's training, all calls")
+    parser.add_argument("--student-minutes", type=float, default=60.0, help="of the students' one pass, all calls")
+    parser.add_argument("--samples", type=int, default=10_000, help="images a model and guidance setting")
+    parser.add_argument("--seeds", type=int, default=1, help="training seeds of the students")
+    parser.add_argument("--rate-seconds", type=float, default=10.0, help="of measuring what fits")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--runs", type=Path, default=Path("runs/cifar10"), help="where everything is worked on")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cifar10")
+    parser.add_argument("--smoke", action="store_true", help="tiny networks and numbers: does it run at all?")
+    args = parser.parse_args(argv)
+    for name in ("minutes", "teacher_minutes", "student_minutes", "rate_seconds"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name):g}: use more than 0")
+    return args
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
