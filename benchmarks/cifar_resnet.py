@@ -101,7 +101,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     asked.out.parent.mkdir(parents=True, exist_ok=True)
-    torch.jit.script(network).save(str(asked.out))
+    # Frozen, the file has no parts of torch in it, which are written in an order that changes from run to run: its hash
+    # is what tells that two distances are of one network. Nothing is folded, so no number moves.
+    torch.jit.freeze(torch.jit.script(network), optimize_numerics=False).save(str(asked.out))
     print(f"wrote {asked.out}: {6 * len(network.layer1) + 2} layers, {WIDTHS[-1]} features, {CLASSES} classes")
     return 0
 

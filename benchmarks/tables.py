@@ -14,13 +14,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from cifar10_results import aims_table
+from cifar10_results import table as models_table
+
 from diffstill.evaluation.results import Estimate
 from diffstill.report import words
 from diffstill.report.arena import ArenaArm, ArenaResult, Budget, best_fd, fidelity, markdown_table, seconds
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
-DOCS = ("dash", "decisions", "guided", "chain", "sfddm", "unidad")
+DOCS = ("dash", "decisions", "guided", "chain", "sfddm", "unidad", "cifar10")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 MARKED = re.compile(r"<!-- begin: measured ([\w -]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
@@ -252,6 +255,37 @@ def few_shot_by_number() -> str:
     return table(["images", "", "NFE", "FD", "diversity, % of real", "copies, %", "FD to the source"], rows)
 
 
+def few_shot_cost() -> str:
+    """What each way costs to train beside plain fine-tuning."""
+    ways = json.loads((RESULTS / "few-shot-cost.json").read_text(encoding="utf-8"))["ways"]
+
+    def row(way: str, found: dict[str, Any]) -> list[str]:
+        step, memory = found["step / plain"], found["memory / plain"]
+        return [
+            way,
+            f"{step['median']:.2f}x [{step['low']:.2f}, {step['high']:.2f}]",
+            words.seconds(found["training_s"]),
+            f"{memory['median']:.2f}x [{memory['low']:.2f}, {memory['high']:.2f}]",
+            f"{found['peak_mb']:.0f} MB",
+        ]
+
+    rows = sorted(ways.items(), key=lambda item: item[1]["step_s"])
+    header = ["", "a step, of fine-tuning's", "whole training", "memory, of fine-tuning's", "peak"]
+    return table(header, [row(way, found) for way, found in rows])
+
+
+def cifar10(made: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """A table of ``cifar10.py``'s results; a line where there are none yet."""
+
+    def told() -> str:
+        file = RESULTS / "cifar10" / "cifar10.json"
+        if not file.exists():
+            return "No figures yet: no GPU was at hand. The script has run whole in its smoke form on a CPU.\n"
+        return made(json.loads(file.read_text(encoding="utf-8")))
+
+    return told
+
+
 CASCADE = "cascade-digits-grid.json"
 TABLES: dict[str, Callable[[], str]] = {
     "guided grid": guided_grid,
@@ -285,6 +319,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "few shot": few_shot("few-shot-digits.json", 1),
     "few shot far": few_shot("few-shot-digits-far.json", 1),
     "few shot by number": few_shot_by_number,
+    "few shot fashion": few_shot("few-shot-fashion.json", 1),
+    "few shot fashion far": few_shot("few-shot-fashion-far.json", 1),
+    "few shot cost": few_shot_cost,
+    "cifar10": cifar10(models_table),
+    "cifar10 aims": cifar10(aims_table),
     "few shot three steps": few_shot("few-shot-digits-3.json", 3),
     "student": variants(
         "digits-student.json",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cifar_resnet
@@ -71,6 +74,21 @@ def test_weights_of_an_npz_are_measured_in(blocks: int, tmp_path: Path, capsys: 
     ):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-5)
     assert not extractor.classifies, "ten logits, three classes"
+
+
+def test_the_same_weights_give_the_same_file(tmp_path: Path) -> None:
+    """Its hash stands in every protocol: made anew elsewhere, the network has to be known as the same."""
+    weights, outs = tmp_path / "w.npz", [tmp_path / seed / "net.pt" for seed in "123"]
+    random_weights(weights, 1)
+    runs = [
+        subprocess.Popen(
+            [sys.executable, cifar_resnet.__file__, str(weights), str(out)],
+            env={**os.environ, "PYTHONHASHSEED": out.parent.name},
+        )
+        for out in outs
+    ]
+    assert [run.wait(120) for run in runs] == [0, 0, 0]
+    assert len({hashlib.sha256(out.read_bytes()).hexdigest() for out in outs}) == 1
 
 
 @pytest.mark.parametrize("how", ["missing", "unknown", "shape", "none"])

@@ -20,8 +20,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from diffstill.cli import build_parser, parse
+from diffstill.data.sources import DataSpec
 from diffstill.errors import InputError
 from diffstill.jobs.arena import choose_arms
+from diffstill.jobs.evaluate import of_data
 from diffstill.jobs.stages import stages_of
 from diffstill.methods import METHODS, CurriculumOptions
 from diffstill.models.adapters import FAMILIES, guided_unet2d
@@ -109,7 +111,9 @@ def test_command_is_understood(line: str) -> None:
             assert isinstance(recipe, DistillRecipe)
             choose_arms(recipe, arguments.methods.split(",") if arguments.methods else None)
     elif arguments.command == "eval":
-        override_section(EvaluationSpec(), overrides, "evaluation")
+        about_data, of_protocol = of_data(overrides)
+        override_section(EvaluationSpec(), of_protocol, "evaluation")
+        override_section(DataSpec(source="digits"), about_data, "data")
     elif arguments.command == "demo":
         load_recipe("digits-dash", overrides)
     elif name is not None:

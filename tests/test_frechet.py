@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from libraries import torch_fidelity, torchmetrics
 from scipy.linalg import sqrtm
 from torch import Tensor
 
@@ -170,14 +171,14 @@ def test_an_estimate_from_fewer_rows_than_features_is_finite() -> None:
 
 
 def test_agrees_with_torchmetrics() -> None:
-    fid = pytest.importorskip("torchmetrics.image.fid", exc_type=ImportError)
+    fid = torchmetrics("image.fid")
     a, b = FeatureStats.of(rows(300, 16, 20)), FeatureStats.of(rows(300, 16, 21, mean=0.3))
     theirs = float(fid._compute_fid(a.mean, a.covariance, b.mean, b.covariance))
     assert frechet_distance(a, b) == pytest.approx(theirs, rel=1e-9)
 
 
 def test_agrees_with_torch_fidelity() -> None:
-    fid = pytest.importorskip("torch_fidelity.metric_fid", exc_type=ImportError)
+    fid = torch_fidelity("metric_fid")
     a, b = rows(300, 16, 22), rows(300, 16, 23, mean=0.3)
     theirs = fid.fid_statistics_to_metric(*(fid.fid_features_to_statistics(x) for x in (a, b)), verbose=False)
     found = frechet_distance(FeatureStats.of(a), FeatureStats.of(b))

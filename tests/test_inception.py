@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import math
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from eval_fakes import bars_splits
+from libraries import torch_fidelity, torchmetrics
 from torch import Tensor, nn
 
 from diffstill.disk import file_sha256
@@ -25,7 +25,6 @@ from diffstill.evaluation.inception import (
     INCEPTION_SHA256,
     InceptionExtractor,
     _import_port,
-    bare_package,
     inception_network,
 )
 
@@ -80,30 +79,6 @@ def extractor(weights: Path) -> InceptionExtractor:
 def features(extractor: InceptionExtractor) -> tuple[Tensor, Tensor]:
     """Of six images and of six others."""
     return extract(extractor, pictures(6)), extract(extractor, pictures(6, seed=1, contrast=0.5))
-
-
-def library(module: str, *names: str) -> dict[str, Any]:
-    """Functions of torch-fidelity out of a file that cannot be imported without torchvision, as they stand there."""
-    spec = importlib.util.find_spec("torch_fidelity")
-    assert spec is not None
-    assert spec.submodule_search_locations is not None
-    path = Path(spec.submodule_search_locations[0]) / f"{module}.py"
-    wanted = [
-        node
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if (isinstance(node, ast.FunctionDef) and node.name in names) or isinstance(node, ast.Assign)
-    ]
-    found: dict[str, Any] = {"np": np, "torch": torch, "vprint": lambda verbose, message: None}
-    exec(compile(ast.Module(wanted, []), str(path), "exec"), found)
-    return found
-
-
-def torchmetrics_fid() -> Any:
-    """It imports torch-fidelity where that is installed, and torch-fidelity torchvision."""
-    if importlib.util.find_spec("torchmetrics") is None:
-        pytest.skip("torchmetrics is not installed")
-    with bare_package("torch_fidelity"):
-        return importlib.import_module("torchmetrics.image.fid")
 
 
 # --- the network
@@ -193,16 +168,16 @@ def test_grey_is_repeated_over_the_channels(extractor: InceptionExtractor) -> No
 
 def test_fid_equals_torch_fidelitys(features: tuple[Tensor, Tensor]) -> None:
     one, two = (part[:, :200] for part in features)  # the library needs a minute for all of them
-    formula = library("metric_fid", "fid_features_to_statistics", "fid_statistics_to_metric")
-    theirs = [formula["fid_features_to_statistics"](part.double()) for part in (one, two)]
-    wanted = formula["fid_statistics_to_metric"](*theirs, verbose=False)["frechet_inception_distance"]
+    formula = torch_fidelity("metric_fid")
+    theirs = [formula.fid_features_to_statistics(part.double()) for part in (one, two)]
+    wanted = formula.fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
     assert wanted > 0.1
     assert frechet_distance(FeatureStats.of(one), FeatureStats.of(two)) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_fid_equals_torchmetrics(features: tuple[Tensor, Tensor]) -> None:
     one, two = (FeatureStats.of(part[:, :200]) for part in features)
-    wanted = torchmetrics_fid()._compute_fid(one.mean, one.covariance, two.mean, two.covariance)
+    wanted = torchmetrics("image.fid")._compute_fid(one.mean, one.covariance, two.mean, two.covariance)
     assert frechet_distance(one, two) == pytest.approx(float(wanted), rel=1e-5)
 
 
@@ -210,7 +185,7 @@ def test_logits_serve_torch_fidelitys_inception_score(extractor: InceptionExtrac
     """By its definition: exp of the mean divergence of an image's classes from those of all images."""
     logits = extract_all(extractor, pictures(4))[1]
     assert logits is not None
-    score = library("metric_isc", "isc_features_to_metric")["isc_features_to_metric"](logits, splits=1, shuffle=False)
+    score = torch_fidelity("metric_isc").isc_features_to_metric(logits, splits=1, shuffle=False)
     classes = logits.double().softmax(1)
     divergence = (classes * (classes / classes.mean(0)).log()).sum(1).mean()
     assert score["inception_score_mean"] == pytest.approx(float(divergence.exp()), rel=1e-9)

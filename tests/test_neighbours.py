@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from libraries import torch_fidelity, torchmetrics
 from scipy.stats import binomtest, t
 from torch import Tensor
 
@@ -76,7 +77,7 @@ def test_the_kid_interval_covers(mean: float) -> None:
 
 
 def test_kid_agrees_with_torchmetrics() -> None:
-    theirs = pytest.importorskip("torchmetrics.image.kid", exc_type=ImportError)
+    theirs = torchmetrics("image.kid")
     x, y = cloud(30), cloud(30, seed=1, mean=0.4)
     assert polynomial_mmd2(x, y) == pytest.approx(float(theirs.poly_mmd(x, y)), rel=1e-9)
 
@@ -145,8 +146,7 @@ def test_pooling_one_two_and_three_seeds() -> None:
 
 
 def test_agrees_with_torch_fidelity() -> None:
-    metric_kid = pytest.importorskip("torch_fidelity.metric_kid", exc_type=ImportError)
-    metric_prc = pytest.importorskip("torch_fidelity.metric_prc", exc_type=ImportError)
+    metric_kid, metric_prc = torch_fidelity("metric_kid"), torch_fidelity("metric_prc")
     real, fake = cloud(60), cloud(60, seed=1, mean=0.4)
     kernel = {
         "kid_kernel": "poly",
