@@ -33,12 +33,11 @@ class MeanExtractor:
 
     info = ExtractorInfo(name="FD-mean", sha256="ab" * 32, dim=2)
 
-    def features(self, images: Tensor) -> Tensor:
-        pixels = images.flatten(1).float() / 255
-        return torch.stack([pixels.mean(1), pixels.square().mean(1)], 1)
+    classifies = False
 
-    def classify(self, images: Tensor) -> None:
-        return None
+    def read(self, images: Tensor) -> tuple[Tensor, None]:
+        pixels = images.flatten(1).float() / 255
+        return torch.stack([pixels.mean(1), pixels.square().mean(1)], 1), None
 
 
 # --- distances

@@ -72,8 +72,10 @@ def test_classes_come_out_of_yaml_and_the_command_line_as_names() -> None:
         ({"classes": ["1", "1"]}, "data.classes: ['1', '1'] is not usable; name one class or more, each once"),
         ({"classes": [f"-{k}" for k in range(10)]}, "leaves no class; keep one or more"),
         ({"shots": 0}, "data.shots: 0 is not usable; use a whole number from 1"),
-        ({"classes": [8], "shots": 175}, "data.shots: 175 is more than the training images of class 8; there are 174"),
-        ({"classes": [8], "shots": 174}, "data.shots: 174 leaves no image to test on; ask for fewer"),
+        (
+            {"classes": [8], "shots": 175},
+            "data.shots: 175 is more than the training images of class 8; there are 174; set data.shots=174, or fewer",
+        ),
         ({"unlabelled": True, "shots": 1798}, "data.shots: 1798 is more than the training images of class image"),
     ],
 )

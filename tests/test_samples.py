@@ -226,3 +226,16 @@ def test_ten_pictures_in_a_folder_are_unlabelled_data(tmp_path: Path) -> None:
     assert data.class_names == ("image",)
     with pytest.raises(InputError, match=r"or set data\.unlabelled=true"):
         load_data(DataSpec(source=f"folder:{tmp_path}"))
+
+
+def test_the_page_of_images_does_not_speak_of_a_model(tiny_run: Path, tmp_path: Path, capsys) -> None:
+    data = load_data(DataSpec(source="digits", limit=300))
+    write_samples(tmp_path / "x.npz", data.test.images, data.test.labels)
+    words = ["eval", str(tmp_path / "x.npz"), "--data", "digits", "data.limit=300", "--out", str(tmp_path / "o")]
+    assert main([*words, "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("The images\u2019 FD-digits is")
+    assert "of them show the class that was asked for" in printed
+    page = (tmp_path / "o" / "report.html").read_text(encoding="utf-8")
+    for word in ("null branch", "at none", "guidance dial", "(none)"):
+        assert word not in printed + page, word

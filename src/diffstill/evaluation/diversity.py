@@ -22,7 +22,7 @@ CRDI = "intra-cluster/crdi"
 CRDI_CLUSTERS = 10
 PER_CLUSTER = 100
 NEAR = 0.05
-"""The quantile of held-out real images' distance to the few below which a sample counts as a copy."""
+"""The quantile of real images' distance to the few up to which a sample counts as a copy."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +119,13 @@ def nearest(points: Tensor, anchors: Tensor, distance: Distance) -> tuple[Tensor
     return found.values, found.indices
 
 
+def nearest_other(points: Tensor, distance: Distance) -> Tensor:
+    """(N,) float64 distance of each point to the nearest of the others, equal ones among them; (0,) of a single one."""
+    if len(points) < 2:
+        return torch.empty(0, dtype=torch.float64)
+    return distance.between(points, points).fill_diagonal_(torch.inf).min(1).values
+
+
 @dataclass(frozen=True)
 class Memorisation:
     """How near samples lie to the images trained on, beside fresh real images."""
@@ -130,21 +137,26 @@ class Memorisation:
 
 
 def memorisation(samples: Tensor, shots: Tensor, held_out: Tensor, distance: Distance) -> Memorisation:
-    """Nearest-shot distances of samples beside those of held-out real images, all (n > 0, C, H, W) uint8.
+    """Nearest-shot distances of samples beside those of held-out real images, all (n, C, H, W) uint8.
 
     In the spirit of authenticity (Alaa et al., 2102.08921), whose yardstick, how far a training image is from the
-    next one, says little with a few of them: here held-out images of the same domain are the yardstick.
+    next one, says little with a few of them: here held-out images of the same domain are the yardstick. Where there
+    are none, it is all there is; of a single shot nothing is known, and both figures are null.
 
     Raises:
         ValueError: images that are not uint8.
     """
     anchors = distance.points(shots)
-    real = nearest(distance.points(held_out), anchors, distance)[0]
+    others = len(held_out) > 0
+    real = nearest(distance.points(held_out), anchors, distance)[0] if others else nearest_other(anchors, distance)
     return nearness(nearest(distance.points(samples), anchors, distance)[0], real)
 
 
 def nearness(samples: Tensor, real: Tensor, quantile: float = NEAR) -> Memorisation:
-    """``memorisation`` from (N,) and (M,) distances to the nearest shot; intervals over the samples, the real given."""
+    """``memorisation`` from (N,) and (M,) distances to the nearest shot; intervals over the samples, the real given.
+    Null where there are no real ones."""
+    if not len(real):
+        return Memorisation(Estimate(value=None), Estimate(value=None))
     mean, bound = float(real.mean()), float(torch.quantile(real, quantile))
     ratio = mean_interval(samples / mean) if mean > 0 else Estimate(value=None)
     return Memorisation(ratio, proportion(int((samples <= bound).sum()), len(samples)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data.dataset import to_float
-from ..data.sources import whole_source
+from ..data.sources import DataSpec, load_data, whole_source
 from ..disk import file_sha256
 from ..errors import InputError
 from ..models.lineage import weights_sha256
@@ -119,13 +119,20 @@ class TorchScriptExtractor:
 
 
 def make_extractor(
-    spec: str, data: DataSplits, cache_dir: Path | None = None, device: torch.device | str = "cpu"
+    spec: str,
+    data: DataSplits,
+    cache_dir: Path | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    source: DataSpec | None = None,
 ) -> Extractor:
     """An extractor from ``"classifier"``, ``"inception[:PATH]"`` or ``"torchscript:PATH"``.
 
     Args:
         data: its whole source is what the classifier is trained on; the others meet its images and classes.
         cache_dir: where trained classifiers are kept; None: ``$DIFFSTILL_CACHE`` or ``~/.cache/diffstill``.
+        source: the domain that few-shot data is adapted from, whose whole source the classifier is trained on where
+            the data's own has no two classes to tell apart.
 
     Raises:
         InputError: an unknown form, or an extractor that cannot be had.
@@ -134,13 +141,44 @@ def make_extractor(
     kind, _, path = spec.partition(":")
     if kind == "classifier" and not path:
         # Of few images or some classes of a source it is trained on them all: it must know a class that is held out.
-        trained = cached_classifier(whole_source(data), cache_dir or default_cache(), device)
-        return ClassifierExtractor(trained, data.name, device, classifies=not (data.spec and data.spec.relabelled))
+        whole = whole_source(data)
+        own = whole.num_classes > 1
+        learnt = whole if own else _source_with_classes(data, source)
+        trained = cached_classifier(learnt, cache_dir or default_cache(), device)
+        classifies = own and not (data.spec and data.spec.relabelled)
+        return ClassifierExtractor(trained, learnt.name, device, classifies=classifies)
     if kind == "inception":
         return open_inception(Path(path).expanduser() if path else None, default_cache(), device)
     if kind == "torchscript" and path:
         return TorchScriptExtractor(Path(path).expanduser(), data, device)
     raise InputError("extractor", spec, FORMS, problem="is not understood")
+
+
+def _source_with_classes(data: DataSplits, source: DataSpec | None) -> DataSplits:
+    """The whole of the source domain, for data whose own source is all of one class.
+
+    Raises:
+        InputError: there is none, or one that has no classes either or another shape of images.
+    """
+    mend, problem = "use inception or torchscript:PATH", f"has nothing to learn, for {data.name} is all of one class"
+    if not data.few_shot:
+        raise InputError("extractor", "classifier", mend, problem=problem)
+    mend = f"name the source domain, with its classes, in evaluation.source, or {mend}"
+    if source is None:
+        raise InputError("extractor", "classifier", mend, problem=problem)
+    whole = whole_source(load_data(source))
+    if whole.num_classes < 2:
+        problem += f", and so is {whole.name}"
+        raise InputError("extractor", "classifier", mend, problem=problem)
+    check_source_shape(whole.train, data)
+    return whole
+
+
+def check_source_shape(source: ImageData, data: DataSplits) -> None:
+    """Raises InputError unless the source domain's images are of the data's shape."""
+    if source.shape != data.shape:
+        mend = f"bring it to the shape of {data.name}, {data.shape}, by its size and channels"
+        raise InputError("evaluation.source", f"{source.name} {source.shape}", mend)
 
 
 def default_cache() -> Path:

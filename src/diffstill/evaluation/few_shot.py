@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from .distances import Distance, FeatureDistance
-from .diversity import NEAR, PER_CLUSTER, PROTOCOL, cluster_diversity, nearest, nearness
+from .diversity import NEAR, PER_CLUSTER, PROTOCOL, cluster_diversity, nearest, nearest_other, nearness
 from .features import Extractor
 from .frechet import FeatureStats, frechet_estimate
 from .intervals import pool
 from .processes import gather_rows, share
-from .results import Estimate, FewShot, FewShotProtocol
+from .results import EACH_OTHER, HELD_OUT, NOTHING, Estimate, FewShot, FewShotProtocol
 
 if TYPE_CHECKING:
     from ..data.dataset import ImageData
@@ -23,7 +23,11 @@ if TYPE_CHECKING:
 class FewShotFigures:
     """Measures samples against the few images (the shots), held-out images of their domain and the source's.
 
+    Without held-out images nothing is known of how varied the domain is, and copies are told by how near the shots
+    lie to each other; of a single one not even that.
+
     Args:
+        held_out: none, where the shots are all the images there are.
         features: (N, dim) of ``held_out``, in its order.
         source: the source domain's images and the statistics of their features.
     """
@@ -39,20 +43,27 @@ class FewShotFigures:
     ) -> None:
         self.shots, self._extractor, self._distance = shots, extractor, distance
         self._anchors = distance.points(shots.images)
-        mine = share(len(held_out))
-        real = self._points(held_out.images[mine.start : mine.stop], features)
-        # Files may be sorted; the members of a cluster that are looked at are the first ones.
-        real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
-        self._real_near = nearest(real, self._anchors, distance)[0]
-        self._real_diversity = cluster_diversity(real, self._anchors, distance).value
-        self._source = source[1] if source else None
-        self._real_source = frechet_estimate(features, source[1]) if source else None
+        self._source, near_of = source[1] if source else None, HELD_OUT
+        self._real_source: Estimate | None = None
+        if len(held_out):
+            mine = share(len(held_out))
+            real = self._points(held_out.images[mine.start : mine.stop], features)
+            # Files may be sorted; the members of a cluster that are looked at are the first ones.
+            real = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))]
+            self._real_near = nearest(real, self._anchors, distance)[0]
+            self._real_diversity = cluster_diversity(real, self._anchors, distance).value
+            self._real_source = frechet_estimate(features, source[1]) if source else None
+        else:
+            self._real_near = nearest_other(self._anchors, distance)
+            self._real_diversity = Estimate(value=None)
+            near_of = EACH_OTHER if len(shots) > 1 else NOTHING
         self.protocol = FewShotProtocol(
             shots=len(shots),
             shots_sha256=shots.fingerprint(),
             diversity=PROTOCOL,
             per_cluster=PER_CLUSTER,
             near=NEAR,
+            near_of=near_of,
             distance=distance.name,
             distance_sha256=distance.sha256,
             source=f"{source[0].name} {source[0].split}, {len(source[0])} images" if source else None,
@@ -83,10 +94,11 @@ class FewShotFigures:
         )
 
     def nearest(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """For images (n, C, H, W) uint8: (n,) the distance to the nearest shot, in units of the held-out images' mean
-        one, and (n,) which shot that is. For one process alone."""
+        """For images (n, C, H, W) uint8: (n,) the distance to the nearest shot, in units of the mean one of the
+        protocol's ``near_of``, or as it is where that is nothing, and (n,) which shot that is. For one process alone.
+        """
         found, which = nearest(self._distance.points(images), self._anchors, self._distance)
-        return found / self._real_near.mean(), which
+        return found / self._real_near.mean() if len(self._real_near) else found, which
 
     def _points(self, images: Tensor, features: Tensor) -> Tensor:
         """Points of all processes' images; features that are there already are not extracted again."""

@@ -22,8 +22,8 @@ from .frechet import FeatureStats, frechet_estimate
 from .guidance_fidelity import check_comparable, measure_fidelity
 from .inception_score import inception_score
 from .intervals import mean_interval, pool, proportion
-from .neighbours import KernelDistance, Manifold, precision_recall
 from .processes import gather_rows, share
+from .reference import Reference, check_reference, read_statistics
 from .results import Cost, Estimate, FewShot, Fidelity, ModelEvaluation, Protocol, ScalePoint
 from .samples import SampleStore
 from .sampling import sample_images
@@ -49,7 +49,8 @@ class Evaluator:
     A model made from a few images (the training split) is measured otherwise: the reference is the test split, all
     other images of the domain. The few are too few to be one, and a model that repeats them would look perfect. The
     floor is the distance between two halves of the test images, and samples are looked at for diversity, copies of
-    the few, and what is left of the source domain.
+    the few, and what is left of the source domain. Where the few are all the images there are, they are the reference
+    after all: the protocol says so, there is no floor, and what only other images could tell is null.
 
     Args:
         data: needs a training split; without test images there is no floor and no ``fd_test``.
@@ -77,27 +78,23 @@ class Evaluator:
         self.data, self.extractor, self.store = data, extractor, store
         self.settings = settings or EvalSettings()
         few = bool(getattr(data, "few_shot", False)) if few_shot is None else few_shot
-        reference = data.test if few else data.train
-        self._check_reference(reference, source, few)
-        self._reference, self._points = self._read_reference(reference.images)
-        self._manifold = Manifold(self._points, self.settings.neighbours)
-        self._kernel_distance = KernelDistance(self._points)
+        check_reference(data, few, source, self.settings.neighbours)
+        alone = few and not len(data.test)
+        reference = data.test if few and not alone else data.train
+        self._reference = Reference(reference, extractor, self.settings)
         self._test: FeatureStats | None = None
         self.few_shot: FewShotFigures | None = None
-        floor, floor_of = None, str(Protocol.model_fields["floor_of"].default)
-        held_out = self._features(data.test.images) if len(data.test) >= 2 else None
-        if few and held_out is not None:
-            known = (source, self._read_reference(source.images)[0]) if source is not None else None
+        held_out = self._features(data.test.images) if len(data.test) else torch.empty(0, extractor.info.dim)
+        if few:
+            known = None if source is None else (source, read_statistics(source.images, extractor, self.settings)[0])
             distance = distance or FeatureDistance(extractor)
             self.few_shot = FewShotFigures(data.train, data.test, held_out, extractor, distance, known)
-            one, other = halves(held_out)
-            floor = frechet_estimate(one, FeatureStats.of(other))
-            floor_of = f"half of the test images against the other half, {len(one)} and {len(other)}"
-        elif held_out is not None:
-            self._test, floor = FeatureStats.of(held_out), frechet_estimate(held_out, self._reference)
+        elif len(held_out) >= 2:
+            self._test = FeatureStats.of(held_out)
+        floor, floor_of = self._floor(held_out, few)
         self.protocol = Protocol(
             extractor=extractor.info,
-            reference=f"{data.name} {reference.split}, {len(reference)} images",
+            reference=self._reference.described(alone),
             reference_sha256=reference.fingerprint(),
             samples=self.settings.samples,
             steps=self.settings.steps,
@@ -108,6 +105,17 @@ class Evaluator:
             floor_of=floor_of,
             few_shot=self.few_shot.protocol if self.few_shot else None,
         )
+
+    def _floor(self, held_out: Tensor, few: bool) -> tuple[Estimate | None, str]:
+        """What real images score, and which ones, from the test images' features (N, dim)."""
+        if few and not len(held_out):
+            return None, "none: there are no images of the domain but those trained on"
+        if few:
+            one, other = halves(held_out)
+            told = f"half of the test images against the other half, {len(one)} and {len(other)}"
+            return frechet_estimate(one, FeatureStats.of(other)), told
+        floor = frechet_estimate(held_out, self._reference.stats) if len(held_out) >= 2 else None
+        return floor, str(Protocol.model_fields["floor_of"].default)
 
     def evaluate(
         self,
@@ -299,17 +307,9 @@ class Evaluator:
             images: (n, C, H, W) uint8, this process's.
             labels: (n,) int64, the classes that were asked for; None where nobody asked.
         """
-        settings = self.settings
-        own, logits = extract_all(self.extractor, images, settings.batch_size)
+        own, logits = extract_all(self.extractor, images, self.settings.batch_size)
         features = gather_rows(own)
-        points = features[: settings.neighbour_points]
-        near = precision_recall(self._points, points, settings.neighbours, real_manifold=self._manifold)
-        found = {
-            "fd": frechet_estimate(features, self._reference),
-            "kid": self._kernel_distance.estimate(points),
-            "precision": near.precision,
-            "recall": near.recall,
-        }
+        found = self._reference.measure(features)
         if self._test is not None:
             found["fd_test"] = frechet_estimate(features, self._test)
         if logits is not None:
@@ -341,25 +341,13 @@ class Evaluator:
         )
 
     @property
+    def alone(self) -> bool:
+        """Whether distances are to the very images that were trained on, for there are no others of their domain."""
+        return self.few_shot is not None and self.few_shot.protocol.alone
+
+    @property
     def _held_out(self) -> ImageData:
         return self.data.test if len(self.data.test) else self.data.val
-
-    def _read_reference(self, images: Tensor) -> tuple[FeatureStats, Tensor]:
-        """Statistics of all images' features and a fixed random choice of the features themselves.
-
-        Streamed: no process holds more features than a batch and the choice.
-        """
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        chosen = order[: self.settings.neighbour_points].sort().values
-        mine, size = share(len(images)), self.settings.batch_size
-        stats = FeatureStats(self.extractor.info.dim)
-        kept = [torch.empty(0, self.extractor.info.dim)]
-        for start in range(mine.start, mine.stop, size):
-            stop = min(start + size, mine.stop)
-            rows = extract(self.extractor, images[start:stop], size)
-            stats.update(rows)
-            kept.append(rows[chosen[(chosen >= start) & (chosen < stop)] - start])
-        return stats.all_reduce(), gather_rows(torch.cat(kept))
 
     def _features(self, images: Tensor) -> Tensor:
         mine = share(len(images))
@@ -370,19 +358,6 @@ class Evaluator:
         one_pass = denoiser.takes_scale
         once = sum(count_nfe(schedule, denoiser.schedule.T, steps, one_pass=one_pass) for schedule in schedules)
         return float(once * self.settings.samples * len(self.settings.seeds))
-
-    def _check_reference(self, reference: ImageData, source: ImageData | None, few: bool) -> None:
-        if len(reference) < 2 * (self.settings.neighbours + 1):
-            word = "test" if few else "training"
-            raise InputError("data", f"{self.data.name} with {len(reference)} {word} images", "use more images")
-        if source is not None and not few:
-            mend = "leave it out, or give data.shots"
-            raise InputError("evaluation.source", source.name, mend, problem="goes with few-shot data only")
-        if source is not None and source.shape != self.data.shape:
-            mend = f"bring it to the shape of {self.data.name}, {self.data.shape}, by its size and channels"
-            raise InputError("evaluation.source", f"{source.name} {source.shape}", mend)
-        if source is not None and len(source) < 2:
-            raise InputError("evaluation.source", f"{source.name} with {len(source)} images", "use more images")
 
     def _check(self, denoiser: Denoiser, steps: int) -> None:
         if denoiser.sample_shape != self.data.shape:

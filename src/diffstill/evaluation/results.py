@@ -42,6 +42,12 @@ class ExtractorInfo(Result):
     resize: str = "none"
 
 
+HELD_OUT = "held-out images"
+EACH_OTHER = "the shots, each without itself"
+NOTHING = "nothing: a single image has no other to be near to"
+"""What tells how near to the few images a new one of their domain lies (``FewShotProtocol.near_of``)."""
+
+
 class FewShotProtocol(Result):
     """What has to be equal besides, where a model was made from a few images."""
 
@@ -49,7 +55,12 @@ class FewShotProtocol(Result):
     shots_sha256: str
     diversity: str = Field(description="name and version of the definition")
     per_cluster: int = Field(description="samples a cluster that are compared, the first by index")
-    near: float = Field(description="quantile of the held-out images' distance to the shots; chance of memorised")
+    near: float = Field(description="quantile of the distances of near_of; with held-out images chance of memorised")
+    near_of: str = Field(
+        HELD_OUT,
+        description="whose distances to the nearest shot memorised and nearest_ratio are beside: held-out images, or, "
+        "where there are no images but the shots, these themselves, each without itself",
+    )
     distance: str = Field(description="between images: features of an extractor, pixels, LPIPS-vgg, LPIPS-alex")
     distance_sha256: str = ""
     source: str | None = Field(None, description="data set, split and number of the source domain's images")
@@ -59,6 +70,11 @@ class FewShotProtocol(Result):
         "test images. The best of several guidance settings is named after the fact, and looks better than it is",
         description="what these figures were used for: never to select what they measure",
     )
+
+    @property
+    def alone(self) -> bool:
+        """Whether there are no images of the domain but those that were trained on."""
+        return self.near_of != HELD_OUT
 
 
 class Protocol(Result):
@@ -84,13 +100,13 @@ class FewShot(Result):
     """What only the few images explain: how varied samples are, whether they are copies, what was forgotten."""
 
     diversity: Estimate = Field(description="mean distance of pairs within the clusters of the nearest shot")
-    real_diversity: Estimate = Field(description="the same of the held-out images")
+    real_diversity: Estimate = Field(description="the same of the held-out images; null where there are none")
     diversity_share: Estimate = Field(description="diversity / real_diversity, the latter taken as given")
     empty_clusters: float = Field(description="shots that are nearest to no sample, left out; mean over the seeds")
     singleton_clusters: float = Field(description="shots that are nearest to one sample, left out as well")
     cluster_sizes: list[int] = Field(description="samples nearest to each shot, all seeds together")
-    memorised: Estimate = Field(description="share of samples nearer to a shot than 95 % of the held-out images are")
-    nearest_ratio: Estimate = Field(description="mean distance to the nearest shot / that of the held-out images")
+    memorised: Estimate = Field(description="share of samples nearer to a shot than 95 % of the protocol's near_of")
+    nearest_ratio: Estimate = Field(description="mean distance to the nearest shot / that of the protocol's near_of")
     source_fd: Estimate | None = Field(None, description="Frechet distance to the source domain's images")
     target_source_fd: Estimate | None = Field(
         None, description="the same of the held-out images: where full adaptation arrives"
@@ -200,7 +216,9 @@ class ModelEvaluation(Result):
     steps: int | None = Field(
         None, description="sampling steps; the protocol's, but for a teacher of few-step students"
     )
-    sampler: str = Field("ddim", description="what its steps are made for: ddim, stochastic or encode")
+    sampler: str = Field(
+        "ddim", description="what its steps are made for: ddim, stochastic, renoise, encode; none: images as they came"
+    )
     place: int | None = Field(None, description="in a chain of stages: which it is, from 0")
     cost: Cost | None = None
     sweep: list[ScalePoint] = []
@@ -208,6 +226,11 @@ class ModelEvaluation(Result):
     encoding: Encoding | None = Field(None, description="of an encoder, which draws no images")
     subject: SubjectFigures | None = Field(None, description="of a text-to-image model adapted to one subject")
     images: dict[str, str] = Field({}, description="picture name -> path relative to the run folder")
+
+    @property
+    def images_alone(self) -> bool:
+        """Whether images stand in a model's place."""
+        return self.sampler == "none"
 
     @property
     def best(self) -> ScalePoint | None:

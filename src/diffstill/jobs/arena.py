@@ -212,7 +212,8 @@ class _Session:
             folder, arm.student, arm.method, recipe=recipe, data=self.data, images=arm.images,
             teacher=self.teacher.lineage, name=f"{recipe.name}-{arm.name}", seed=seed,
         )  # fmt: skip
-        refresh_card(folder, evaluation, self.path, recipe.evaluation.default_guidance)
+        guidance = recipe.evaluation.default_guidance
+        refresh_card(folder, evaluation, self.path, guidance, alone=self.evaluator.alone)
 
     def evaluate(
         self, name: str, subject: Subject, teacher: Teacher | None, *, pictures: bool = True

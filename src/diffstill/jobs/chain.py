@@ -351,7 +351,8 @@ def _measured(
                 draw_pictures(drawn, evaluation, data, folder.path, steps, few_shot=evaluator.few_shot)
             )
             if made.summary is not None:
-                refresh_card(made.loaded.folder, evaluation, folder.path, folder.default_guidance)
+                home, guidance = made.loaded.folder, folder.default_guidance
+                refresh_card(home, evaluation, folder.path, guidance, alone=evaluator.alone)
             write_text(file, evaluation.model_dump_json(indent=1) + "\n")
         runtime.barrier()
     return evaluation.model_copy(update={"place": place}), not found

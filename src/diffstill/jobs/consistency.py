@@ -53,7 +53,7 @@ def consistency(
     original = drawer(opened, how.guidance, teacher_steps, how.clip, steps_field="teacher-steps")
     check_alike(student.denoiser, original.denoiser, "teacher")
     splits, protocol = data_of(student.model, data)
-    extractor = make_extractor(protocol.extractor, splits, device=runtime.device)
+    extractor = make_extractor(protocol.extractor, splits, device=runtime.device, source=protocol.source)
     # Of many classes the first ones, so that each has two images.
     labels = torch.arange(count) % min(student.denoiser.num_classes, count // 2)
     theirs, mine = (_drawn(who, labels, how, ui, role) for who, role in ((original, "teacher"), (student, "student")))

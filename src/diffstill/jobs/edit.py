@@ -156,7 +156,7 @@ def transfer(
     originals = held_out(splits, [start] * count)
     if other is not model:
         splits, protocol = data_of(other, None if other.lineage and other.lineage.recipe else data)
-    extractor = make_extractor(protocol.extractor, splits, device=runtime.device)
+    extractor = make_extractor(protocol.extractor, splits, device=runtime.device, source=protocol.source)
     starts, ends = torch.full((count,), start), torch.full((count,), end)
     with ui.bar("transfer", 3 * count) as bar:
         batches = Batches(how.batch_size, bar)

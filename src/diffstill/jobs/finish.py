@@ -98,7 +98,7 @@ def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime, out:
     Args:
         out: the run's folder, under which samples are kept where the recipe says so; None keeps none.
     """
-    extractor = make_extractor(spec.extractor, data, device=runtime.device)
+    extractor = make_extractor(spec.extractor, data, device=runtime.device, source=spec.source)
     settings = EvalSettings(
         samples=spec.samples,
         steps=spec.steps,
@@ -181,7 +181,8 @@ def finish_run(
                 draw_pictures(subject, evaluation, data, folder.path, steps, few_shot=evaluator.few_shot)
             )
             if subject.folder and subject.folder.parent == folder.path:
-                refresh_card(subject.folder, evaluation, folder.path, recipe.evaluation.default_guidance)
+                guidance = recipe.evaluation.default_guidance
+                refresh_card(subject.folder, evaluation, folder.path, guidance, alone=evaluator.alone)
         draw_shots(receipt.baselines, data, folder.path)
         write_report(receipt, folder.path, folder.report)
         receipt.save(folder.receipt)
@@ -246,8 +247,8 @@ def draw_pictures(
 
 
 def nearest_picture(drawn: torch.Tensor, few_shot: FewShotFigures) -> Image.Image:
-    """Samples (n, C, H, W) uint8 above their nearest shots, the nearest pair first, with its distance over the
-    held-out images' mean one."""
+    """Samples (n, C, H, W) uint8 above their nearest shots, the nearest pair first, with its distance in the units of
+    ``FewShotFigures.nearest``."""
     ratio, which = few_shot.nearest(drawn)
     order = ratio.argsort(stable=True)
     notes = [f"{ratio[i]:.2f}" for i in order.tolist()]
@@ -280,8 +281,14 @@ def _draw_encoding(subject: Subject, data: DataSplits, run_dir: Path) -> dict[st
     return {"grid": str(path.relative_to(run_dir))}
 
 
-def refresh_card(folder: Path, evaluation: ModelEvaluation, run_dir: Path, default_guidance: str | None) -> None:
-    """Writes the model folder again with its best scale as the pipeline's default, its figures and its picture."""
+def refresh_card(
+    folder: Path, evaluation: ModelEvaluation, run_dir: Path, default_guidance: str | None, *, alone: bool = False
+) -> None:
+    """Writes the model folder again with its best scale as the pipeline's default, its figures and its picture.
+
+    Args:
+        alone: the distance is to the very images that were trained on.
+    """
     loaded = load_model(folder)
     assert loaded.lineage is not None
     best = evaluation.best
@@ -289,7 +296,8 @@ def refresh_card(folder: Path, evaluation: ModelEvaluation, run_dir: Path, defau
     chosen = best if best is None or best.few_shot is None else None
     figures: dict[str, object] = {}
     if best is not None:
-        figures = {"best guidance": best.guidance, "Frechet distance": best.fd.value}
+        distance = "Frechet distance to the images trained on" if alone else "Frechet distance"
+        figures = {"best guidance": best.guidance, distance: best.fd.value}
         if best.class_agreement is not None:
             figures["class agreement"] = best.class_agreement.value
     if evaluation.fidelity is not None:

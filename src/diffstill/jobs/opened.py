@@ -242,9 +242,11 @@ def held_out(data: DataSplits, labels: Sequence[int]) -> Tensor:
     """One test image for each label, in order, none twice: (N, C, H, W) uint8. Without a test split, validation images.
 
     Raises:
-        InputError: fewer images of a class than asked for.
+        InputError: fewer images of a class than asked for, or none that were not trained on.
     """
     part = data.test if len(data.test) else data.val
+    if not len(part):
+        raise InputError("data", data.name, "name other images with --data", problem="was trained on, all of it")
     places = {label: torch.nonzero(part.labels == label).flatten().tolist() for label in set(labels)}
     for label, wanted in Counter(labels).items():
         if wanted > len(places[label]):

@@ -81,6 +81,12 @@ def comparability(runs: Sequence[Run]) -> list[str]:
         f"The protocols differ in {field}: {' / '.join(values)}. The numbers are not strictly comparable."
         for field, values in differing.items()
     ]
+    warnings += [
+        f"{run.name}: there are no images of its domain but those it was trained on, and its distance is to these: "
+        "a low one is a copy."
+        for run in measured
+        if run.receipt.protocol and run.receipt.protocol.few_shot and run.receipt.protocol.few_shot.alone
+    ]
     silent = [run.name for run in runs if run.receipt.protocol is None]
     if silent:
         warnings.append(f"Not evaluated, so without numbers: {', '.join(silent)}.")

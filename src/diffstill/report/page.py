@@ -140,7 +140,7 @@ def _details(protocol: Protocol | None, data: DataSummary, environment: Environm
 
 
 def _metric(receipt: Receipt) -> str:
-    return receipt.protocol.extractor.name if receipt.protocol else "FD"
+    return words.metric(receipt.protocol)
 
 
 def _inside(run_dir: Path, relative: str | None) -> Path:
@@ -159,7 +159,7 @@ def _turned(models: Mapping[str, ModelEvaluation]) -> bool:
 
 
 def _sweep_plots(models: Mapping[str, ModelEvaluation], protocol: Protocol | None) -> list[Markup | None]:
-    metric, floor = (protocol.extractor.name, protocol.floor) if protocol else ("FD", None)
+    metric, floor = words.metric(protocol), protocol.floor if protocol else None
     name = "halves of the real images" if protocol and protocol.few_shot else "real test images"
     return [
         plots.sweep(models, "fd", f"{metric} over guidance", floor, name),
@@ -189,7 +189,7 @@ def write_comparison(receipts: Sequence[tuple[str | Path, Receipt]], out: str | 
     teachers = compare.teachers(runs)
     models = teachers | {run.name: run.model for run in runs if run.model is not None}
     protocol = next((run.receipt.protocol for run in runs if run.receipt.protocol), None)
-    metric = protocol.extractor.name if protocol else "FD"
+    metric = words.metric(protocol)
     grids = [(run.name, run.model.images.get("grid") if run.model else None, run.folder) for run in runs]
     pictures = [(name, views.picture(folder, path, f"samples of {name}")) for name, path, folder in grids]
     against_cost = plots.frontier(_costs(models), f"Best {metric} against cost", frozenset(teachers))

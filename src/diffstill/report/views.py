@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ..evaluation.results import Estimate, FewShotProtocol, FidelityBin, Latency, ModelEvaluation, Protocol
+from ..evaluation.results import NOTHING, Estimate, FewShotProtocol, FidelityBin, Latency, ModelEvaluation, Protocol
 from . import words
 from .pictures import data_uri
 from .plots import cost_rows
@@ -96,9 +96,10 @@ def tiles(receipt: Receipt) -> list[Tile]:
     metric = receipt.protocol.extractor.name if receipt.protocol else "FD"
     if model.best is not None:
         other = teacher.best if teacher else None
-        note = f"at {words.guidance_name(model.best.guidance)}"
+        note = "" if model.images_alone else f"at {words.guidance_name(model.best.guidance)}"
         note += f"; teacher {words.number(other.fd.value)}" if other else ""
-        made.append(Tile(words.number(model.best.fd.value), f"best {metric}", note))
+        to = ", to the images trained on" if words.alone(receipt.protocol) else ""
+        made.append(Tile(words.number(model.best.fd.value), f"best {metric}{to}", note))
         agreement = model.best.class_agreement
         if agreement is not None and agreement.value is not None:
             theirs = other.class_agreement if other else None
@@ -162,7 +163,7 @@ def sweep_table(models: Mapping[str, ModelEvaluation], metric: str) -> Table:
         "precision",
         "recall",
         "class agreement",
-        "Inception score" if metric == "FID" else "score by classes",
+        "Inception score" if metric.split()[0] == "FID" else "score by classes",
         "diversity, of the real",
         "copies",
     ]
@@ -185,7 +186,8 @@ def sweep_table(models: Mapping[str, ModelEvaluation], metric: str) -> Table:
                 ]
             )
     note = "\u2605 the model\u2019s best. Brackets: two-sided 95\u202f% intervals."
-    return Table("Guidance sweep", header, rows, 2, note).without_empty_columns()
+    title = "Figures" if all(model.images_alone for model in models.values()) else "Guidance sweep"
+    return Table(title, header, rows, 2, note).without_empty_columns()
 
 
 def thousandfold(found: Estimate | None) -> Estimate | None:
@@ -286,6 +288,7 @@ def lineage_table(receipt: Receipt) -> Table:
 def protocol_facts(protocol: Protocol) -> list[tuple[str, str]]:
     """What has to be equal for two numbers to be compared, in words."""
     extractor = protocol.extractor
+    none = protocol.floor_of if words.alone(protocol) else words.MISSING
     accuracy = f", test accuracy {100 * extractor.accuracy:.1f}{words.THIN}%" if extractor.accuracy is not None else ""
     return [
         ("distance", f"{extractor.name}: {extractor.dim} features, resize {extractor.resize}{accuracy}"),
@@ -298,19 +301,21 @@ def protocol_facts(protocol: Protocol) -> list[tuple[str, str]]:
         ("sampling seeds", ", ".join(map(str, protocol.seeds))),
         (
             "floor",
-            f"{words.estimate(protocol.floor)} ({protocol.floor_of})" if protocol.floor else words.MISSING,
+            f"{words.estimate(protocol.floor)} ({protocol.floor_of})" if protocol.floor else none,
         ),
         *(_few_shot_facts(protocol.few_shot) if protocol.few_shot else []),
     ]
 
 
 def _few_shot_facts(found: FewShotProtocol) -> list[tuple[str, str]]:
+    near = "the test images are" if not found.alone else "the shots are to each other"
+    copies = f"as near to a shot as {100 * found.near:.0f}{words.THIN}% of {near}"
     source = f"{found.source} ({found.source_sha256[:16]})" if found.source else "not given"
     return [
-        ("trained on", f"{words.count(found.shots)} images ({found.shots_sha256[:16]})"),
+        ("trained on", f"{words.count(found.shots)} image{'s' * (found.shots > 1)} ({found.shots_sha256[:16]})"),
         ("diversity", f"{found.diversity}, the first {found.per_cluster} samples a cluster"),
         ("distance between images", found.distance),
-        ("copies", f"as near to a shot as {100 * found.near:.0f}{words.THIN}% of the test images"),
+        ("copies", copies if found.near_of != NOTHING else "not known: a single image has no other to be near to"),
         ("source domain", source),
         ("selection", found.selection),
     ]

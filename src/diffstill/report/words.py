@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 
 from ..diffusion.guidance import TAG, Interval, parse_guidance
-from ..evaluation.results import Encoding, Estimate, FewShot, Fidelity, ModelEvaluation
+from ..evaluation.results import (
+    Encoding,
+    Estimate,
+    FewShot,
+    FewShotProtocol,
+    Fidelity,
+    ModelEvaluation,
+    Protocol,
+    ScalePoint,
+)
 from .receipt import Receipt
 
 THIN = "\u2009"
@@ -166,6 +175,18 @@ def overlap(a: Estimate, b: Estimate) -> bool | None:
     return a.low <= b.high and b.low <= a.high
 
 
+def metric(protocol: Protocol | None) -> str:
+    """What distances are called; those to the very images that were trained on say so."""
+    if protocol is None:
+        return "FD"
+    return protocol.extractor.name + (" to the shots" if alone(protocol) else "")
+
+
+def alone(protocol: Protocol | None) -> bool:
+    """Whether there are no images of the domain but the few that were trained on."""
+    return protocol is not None and protocol.few_shot is not None and protocol.few_shot.alone
+
+
 def verdict(receipt: Receipt) -> list[str]:
     """The receipt in plain sentences, computed from its numbers."""
     if receipt.subject is None:
@@ -175,15 +196,23 @@ def verdict(receipt: Receipt) -> list[str]:
     role, model = receipt.subject
     teacher = receipt.teacher if role != receipt.teacher_role else None
     said = [_cost_sentence(role, model, teacher), _quality_sentence(receipt, role, model, teacher)]
-    if model.best is not None and model.best.few_shot is not None:
-        said.append(_few_shot_sentence(model.best.few_shot))
+    few = receipt.protocol.few_shot if receipt.protocol else None
+    point = shown(model, few)
+    if point is not None and point.few_shot is not None and few is not None:
+        said.append(_alone_sentences(point.few_shot, few) if few.alone else _few_shot_sentence(point.few_shot))
     if model.encoding is not None:
         said.append(_encoding_sentence(model.encoding))
     elif model.fidelity is not None:
         said.append(guidance_state(model.fidelity)[1])
-    elif not model.guided:
+    elif not model.guided and not model.images_alone:
         said.append("It has no null branch, so there is no guidance dial to turn.")
     return [sentence for sentence in said if sentence]
+
+
+def shown(model: ModelEvaluation, few: FewShotProtocol | None) -> ScalePoint | None:
+    """The point that stands for a model: its best, or where a single image leaves none a distance, its first."""
+    first = model.sweep[0] if model.sweep and few is not None and few.alone and few.shots == 1 else None
+    return model.best or first
 
 
 def beside(receipt: Receipt) -> list[str]:
@@ -209,6 +238,20 @@ def _few_shot_sentence(found: FewShot) -> str:
     diversity = f"Its samples have {kept} of the diversity of real images" if found.diversity_share.value else ""
     copies = f"{copied} of them lie as near to one of the few as 5.0{THIN}% of real images do"
     return f"{diversity}; {copies}." if diversity else f"{copies.replace('of them', 'of its samples')}."
+
+
+def _alone_sentences(found: FewShot, few: FewShotProtocol) -> str:
+    """Of a model whose few images are all there are of their domain."""
+    if few.shots == 1:
+        return (
+            "There are no other images of the domain than the one it was trained on, so there is no distance to the "
+            "domain, and whether its samples are copies is not known."
+        )
+    near, copied = (percent(Estimate(value=value)) for value in (few.near, found.memorised.value))
+    return (
+        f"There are no other images of the domain than these {count(few.shots)}, so a low distance is a copy, not "
+        f"quality. {copied} of its samples lie as near to one of them as the nearest {near} of them lie to another."
+    )
 
 
 def _encoding_sentence(found: Encoding) -> str:
@@ -255,10 +298,16 @@ def _fewer(theirs: float, mine: float, what: str) -> str:
 def _quality_sentence(receipt: Receipt, role: str, model: ModelEvaluation, teacher: ModelEvaluation | None) -> str:
     if not model.sweep:
         return ""
+    few = receipt.protocol.few_shot if receipt.protocol else None
+    if few is not None and few.alone and few.shots == 1:
+        return ""
     if model.best is None:
         return "Not one of its sample sets has a finite distance to the data: the model has diverged."
-    best, metric = model.best, receipt.protocol.extractor.name if receipt.protocol else "FD"
-    said = f"Its best {metric} is {number(best.fd.value)} ({guidance_name(best.guidance)})"
+    best, name = model.best, receipt.protocol.extractor.name if receipt.protocol else "FD"
+    name += " to the images it was trained on" if alone(receipt.protocol) else ""
+    said = f"Its best {name} is {number(best.fd.value)} ({guidance_name(best.guidance)})"
+    if model.images_alone:
+        said = f"The images\u2019 {name} is {number(best.fd.value)}"
     other = teacher.best if teacher else None
     if other is not None:
         said += f" against the teacher\u2019s {number(other.fd.value)} ({guidance_name(other.guidance)})"
@@ -270,5 +319,6 @@ def _quality_sentence(receipt: Receipt, role: str, model: ModelEvaluation, teach
         said += f"; {'half of the real images score' if halves else 'real test images score'} {number(floor.value)}"
         said += " against the other half" if halves else ""
     if best.class_agreement is not None and best.class_agreement.value is not None:
-        said += f". {100 * best.class_agreement.value:.1f}{THIN}% of its samples show the class that was asked for"
+        whose = "them" if model.images_alone else "its samples"
+        said += f". {100 * best.class_agreement.value:.1f}{THIN}% of {whose} show the class that was asked for"
     return said + "."

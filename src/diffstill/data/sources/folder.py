@@ -22,7 +22,8 @@ class FolderPart(EncodedPart):
     """One sub-folder a class. Labels are the folder names; images are in the order of class, then file name."""
 
     def __init__(self, root: Path, field: str, unlabelled: bool) -> None:
-        classes = [root] if unlabelled and is_flat(root) else _folders(root)
+        self.labelled = not (unlabelled and is_flat(root))
+        classes = _folders(root) if self.labelled else [root]
         if not classes:
             stray = "holds images but no class folders" if _images(root) else "holds no class folders"
             mend = f"put each class's images in a folder of its own, {root.name}/CLASS/, or set data.unlabelled=true"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ def load_data(spec: DataSpec, cache_dir: str | Path | None = None) -> DataSplits
 
     Splits that the source has are kept, in its order; a missing one is carved off the training images, stratified.
     Which image goes where follows from the labels and ``spec.split_seed`` alone: leaving classes or their names out
-    moves no image from one split to another. With ``shots`` all images that are not trained on are for testing.
+    moves no image from one split to another. With ``shots`` all images that are not trained on are for testing; of
+    data that has no others the test split is empty.
 
     Args:
         cache_dir: where ``hub:`` downloads go; None: the default of ``datasets``.
@@ -63,17 +65,21 @@ def load_data(spec: DataSpec, cache_dir: str | Path | None = None) -> DataSplits
     splits = {split: ImageData(title, split, *_joined(found), class_names) for split, found in pieces.items()}
     if not len(splits["train"]):
         raise InputError("data.source", spec.source, "check the files", problem="has no readable training image")
-    return DataSplits(**splits, spec=spec, skipped=tuple(skipped))
+    labelled = all(part.labelled for part in parts.values())
+    return DataSplits(**splits, spec=spec, skipped=tuple(skipped), labelled=labelled)
 
 
 def whole_source(data: DataSplits) -> DataSplits:
     """All images and classes of the source that ``data`` was chosen from, in the same form, by ``split_seed``; itself
-    where no class, label or image was left out (``classes``, ``unlabelled``, ``shots``)."""
+    where no class, label or image was left out (``classes``, ``unlabelled``, ``shots``). A source without labels of
+    its own stays one class; of its training images none are held out: they may be too few to split."""
     spec = data.spec
     if spec is None or not (spec.relabelled or data.few_shot):
         return data
     channels, size, _ = data.shape
-    every = {"classes": None, "unlabelled": False, "shots": None, "size": size, "channels": channels}
+    every: dict[str, Any] = {"classes": None, "unlabelled": False, "shots": None, "size": size, "channels": channels}
+    if not data.labelled:
+        every |= {"unlabelled": True, "val_fraction": 0.0, "test_fraction": 0.0}
     return load_data(spec.model_copy(update=every))
 
 
@@ -152,10 +158,11 @@ def _split(source: Mapping[str, Index], labels: Mapping[str, Index], spec: DataS
 
 
 def _few(labels: Mapping[str, Index], class_names: tuple[str, ...], shots: int, spec: DataSpec) -> Plan:
-    """``shots`` images of each class to train on, from the source's training part; all others are for testing.
+    """``shots`` images of each class to train on, from the source's training part; all others are for testing, and
+    there may be none.
 
     Raises:
-        InputError: a class of fewer images, or no image left to test on.
+        InputError: a class of fewer images.
     """
     every = {part: np.flatnonzero(own >= 0) for part, own in labels.items()}
     train = every["train"]
@@ -164,11 +171,10 @@ def _few(labels: Mapping[str, Index], class_names: tuple[str, ...], shots: int, 
     least = int(counts.argmin())
     if counts[least] < shots:
         problem = f"is more than the training images of class {class_names[least]}"
-        raise InputError("data.shots", shots, f"there are {counts[least]}; ask for fewer", problem=problem)
+        mend = f"there are {counts[least]}" + (f"; set data.shots={counts[least]}, or fewer" if counts[least] else "")
+        raise InputError("data.shots", shots, mend, problem=problem)
     few = class_ranks(numbers, spec.split_seed) < shots
     every["train"] = train[~few]
-    if not any(len(index) for index in every.values()):
-        raise InputError("data.shots", shots, "ask for fewer", problem="leaves no image to test on")
     return {"train": {"train": train[few]}, "val": {"train": train[:0]}, "test": every}
 
 

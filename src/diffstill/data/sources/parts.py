@@ -60,11 +60,13 @@ class Part(ABC):
         labels: (N,) int64 from 0, or (N,) strings that name the classes.
         class_names: the names of integer labels, where the source has them.
         origins: resolved files or folders that the images lie in, to notice a test set that overlaps the training set.
+        labelled: whether the source says which class an image is of.
     """
 
     labels: NDArray[Any]
     class_names: tuple[str, ...] | None = None
     origins: frozenset[str] = frozenset()
+    labelled: bool = True
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -41,8 +41,8 @@ class DataSpec(BaseModel):
     unlabelled: bool = Field(False, description="all images are of one class, called image")
     shots: int | None = Field(
         None,
-        description="few-shot: train on so many images a class, test on all others; val_fraction and test_fraction do "
-        "not act, and limit acts on the test split alone",
+        description="few-shot: train on so many images a class, test on all others, if there are any; val_fraction and "
+        "test_fraction do not act, and limit acts on the test split alone",
     )
     skip_bad: bool = Field(False, description="leave unreadable images out and count them, instead of stopping")
     val_fraction: float = Field(0.1, description="of the training source, where there is no validation split")

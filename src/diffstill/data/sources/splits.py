@@ -31,6 +31,8 @@ class DataSplits:
     spec: DataSpec | None = None
     skipped: tuple[str, ...] = ()
     """Unreadable images left out (``skip_bad``), each with the reason."""
+    labelled: bool = True
+    """Whether the source says which class an image is of; of a flat folder it does not."""
 
     @property
     def name(self) -> str:
@@ -51,7 +53,8 @@ class DataSplits:
 
     @property
     def few_shot(self) -> bool:
-        """Whether the training images are a few chosen ones, and all others are for testing (``data.shots``)."""
+        """Whether the training images are a few chosen ones, and all others, if there are any, are for testing
+        (``data.shots``)."""
         return self.spec is not None and self.spec.shots is not None
 
     def fingerprint(self) -> str:

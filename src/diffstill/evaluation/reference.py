@@ -1,0 +1,104 @@
+"""What samples are compared with: real images, as statistics and as single points in an extractor's features."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from .features import Extractor, check_source_shape, extract
+from .frechet import FeatureStats, frechet_estimate
+from .neighbours import KernelDistance, Manifold, precision_recall
+from .processes import gather_rows, share
+from .results import Estimate
+from .settings import EvalSettings
+
+if TYPE_CHECKING:
+    from ..data.dataset import ImageData
+    from ..data.sources import DataSplits
+
+
+class Reference:
+    """A set of real images and the figures of samples beside it.
+
+    The shots of a few-shot model may be all there is. Figures that so few images cannot give are null: a single image
+    has no covariance, kernel distance or neighbour; with fewer than four the neighbour of precision and recall is
+    the farthest there is.
+
+    Args:
+        images: of all processes; each reads its share.
+    """
+
+    def __init__(self, images: ImageData, extractor: Extractor, settings: EvalSettings) -> None:
+        self.images, self._settings = images, settings
+        self.stats, self._points = read_statistics(images.images, extractor, settings)
+        known = len(self._points)
+        self.neighbours = min(settings.neighbours, known - 1)
+        """k of precision and recall; 0 where there is none."""
+        self._manifold = Manifold(self._points, self.neighbours) if self.neighbours else None
+        self._kernel_distance = KernelDistance(self._points) if known > 1 else None
+
+    def measure(self, features: Tensor) -> dict[str, Estimate]:
+        """The figures of all processes' samples by their names in ``ScalePoint``, from their features (N, dim)."""
+        if self._manifold is None or self._kernel_distance is None:
+            return {"fd": Estimate(value=None)}
+        points = features[: self._settings.neighbour_points]
+        near = precision_recall(self._points, points, self.neighbours, real_manifold=self._manifold)
+        return {
+            "fd": frechet_estimate(features, self.stats),
+            "kid": self._kernel_distance.estimate(points),
+            "precision": near.precision,
+            "recall": near.recall,
+        }
+
+    def described(self, alone: bool) -> str:
+        """In words, for the protocol.
+
+        Args:
+            alone: these are the shots, and there are no other images of their domain.
+        """
+        number = "1 image" if len(self.images) == 1 else f"{len(self.images)} images"
+        told = f"{self.images.name} {self.images.split}, {number}"
+        if not alone:
+            return told
+        told += ": the very images that were trained on, for there are no others of the domain"
+        few = self.neighbours < self._settings.neighbours
+        return told + (f"; k = {self.neighbours} in precision and recall" if few and self.neighbours else "")
+
+
+def read_statistics(images: Tensor, extractor: Extractor, settings: EvalSettings) -> tuple[FeatureStats, Tensor]:
+    """Statistics of all images' features and a fixed random choice of the features themselves.
+
+    Streamed: no process holds more features than a batch and the choice.
+    """
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    chosen = order[: settings.neighbour_points].sort().values
+    mine, size = share(len(images)), settings.batch_size
+    stats = FeatureStats(extractor.info.dim)
+    kept = [torch.empty(0, extractor.info.dim)]
+    for start in range(mine.start, mine.stop, size):
+        stop = min(start + size, mine.stop)
+        rows = extract(extractor, images[start:stop], size)
+        stats.update(rows)
+        kept.append(rows[chosen[(chosen >= start) & (chosen < stop)] - start])
+    return stats.all_reduce(), gather_rows(torch.cat(kept))
+
+
+def check_reference(data: DataSplits, few: bool, source: ImageData | None, neighbours: int) -> None:
+    """Raises InputError where the images are too few to be a reference, or ``source`` does not fit the data."""
+    reference = data.test if few else data.train
+    alone = few and not len(data.test)
+    if len(reference) < 2 * (neighbours + 1) and not alone:
+        word, mend = "test" if few else "training", "use more images"
+        if few and data.num_classes == 1:
+            mend += f", or train on all of them: data.shots={len(data.train) + len(data.test)}"
+        raise InputError("data", f"{data.name} with {len(reference)} {word} images", mend)
+    if source is not None and not few:
+        mend = "leave it out, or give data.shots"
+        raise InputError("evaluation.source", source.name, mend, problem="goes with few-shot data only")
+    if source is not None:
+        check_source_shape(source, data)
+    if source is not None and len(source) < 2:
+        raise InputError("evaluation.source", f"{source.name} with {len(source)} images", "use more images")
