@@ -16,6 +16,7 @@ from diffstill.evaluation.diversity import (
     intra_cluster_diversity,
     memorisation,
     nearest,
+    nearest_other,
     nearness,
 )
 from diffstill.evaluation.results import ExtractorInfo
@@ -202,6 +203,24 @@ def test_replicated_shots_are_memorised_and_fresh_images_are_at_chance() -> None
     assert real.share.value == pytest.approx(0.05, abs=0.03)
     assert real.share.low < 0.05 < real.share.high
     assert real.ratio.value == pytest.approx(1.0, abs=0.03)
+
+
+def test_without_held_out_images_the_shots_distances_to_each_other_are_the_yardstick() -> None:
+    """Shots 0, 20, 100, 250: the nearest others are 20, 20, 80 and 150 away, mean 67.5, 5 % quantile 20."""
+    shots = flat(0, 20, 100, 250)
+    apart = nearest_other(PIXELS.points(shots), PIXELS) * 127.5
+    assert apart.tolist() == pytest.approx([20, 20, 80, 150])
+    found = memorisation(flat(10, 21, 45, 220), shots, flat(), PIXELS)  # 10, 1, 25 and 30 from the nearest
+    assert found.share.value == 0.5
+    assert found.ratio.value == pytest.approx(16.5 / 67.5)
+    twice = nearest_other(PIXELS.points(flat(7, 7, 9)), PIXELS)
+    assert twice.tolist() == pytest.approx([0, 0, 2 / 127.5])
+
+
+def test_a_single_image_tells_nothing_of_copies() -> None:
+    assert nearest_other(PIXELS.points(flat(7)), PIXELS).shape == (0,)
+    found = memorisation(flat(7, 9), flat(7), flat(), PIXELS)
+    assert (found.share.value, found.share.low, found.ratio.value) == (None, None, None)
 
 
 def test_held_out_images_that_are_all_shots_leave_no_ratio() -> None:

@@ -126,6 +126,13 @@ def nearest_other(points: Tensor, distance: Distance) -> Tensor:
     return distance.between(points, points).fill_diagonal_(torch.inf).min(1).values
 
 
+def apart(shots: Tensor, distance: Distance) -> Tensor:
+    """(M,) ``nearest_other`` of images (N, C, H, W) uint8 that differ: a picture that is there twice is one, or
+    perfect copies would be no copies, as none is nearer than 0."""
+    different = torch.unique(shots.flatten(1), dim=0).view(-1, *shots.shape[1:])
+    return nearest_other(distance.points(different), distance)
+
+
 @dataclass(frozen=True)
 class Memorisation:
     """How near samples lie to the images trained on, beside fresh real images."""
@@ -141,14 +148,14 @@ def memorisation(samples: Tensor, shots: Tensor, held_out: Tensor, distance: Dis
 
     In the spirit of authenticity (Alaa et al., 2102.08921), whose yardstick, how far a training image is from the
     next one, says little with a few of them: here held-out images of the same domain are the yardstick. Where there
-    are none, it is all there is; of a single shot nothing is known, and both figures are null.
+    are none, it is all there is; where all shots are one picture nothing is known, and both figures are null.
 
     Raises:
         ValueError: images that are not uint8.
     """
     anchors = distance.points(shots)
     others = len(held_out) > 0
-    real = nearest(distance.points(held_out), anchors, distance)[0] if others else nearest_other(anchors, distance)
+    real = nearest(distance.points(held_out), anchors, distance)[0] if others else apart(shots, distance)
     return nearness(nearest(distance.points(samples), anchors, distance)[0], real)
 
 

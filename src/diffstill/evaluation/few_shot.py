@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .distances import Distance, FeatureDistance
-from .diversity import NEAR, PER_CLUSTER, PROTOCOL, cluster_diversity, nearest, nearest_other, nearness
+from .diversity import NEAR, PER_CLUSTER, PROTOCOL, apart, cluster_diversity, nearest, nearness
 from .features import Extractor
 from .frechet import FeatureStats, frechet_estimate
 from .intervals import pool
@@ -54,9 +54,9 @@ class FewShotFigures:
             self._real_diversity = cluster_diversity(real, self._anchors, distance).value
             self._real_source = frechet_estimate(features, source[1]) if source else None
         else:
-            self._real_near = nearest_other(self._anchors, distance)
+            self._real_near = apart(shots.images, distance)
             self._real_diversity = Estimate(value=None)
-            near_of = EACH_OTHER if len(shots) > 1 else NOTHING
+            near_of = EACH_OTHER if len(self._real_near) else NOTHING
         self.protocol = FewShotProtocol(
             shots=len(shots),
             shots_sha256=shots.fingerprint(),

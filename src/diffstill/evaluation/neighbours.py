@@ -102,9 +102,11 @@ class Manifold:
         points: features (N, D), N > k.
         k: which neighbour sets the radius.
         chunk: rows of the distance matrix held at once.
+        slack: how much farther each ball reaches, in units of the points' mean length: where points are repeated,
+            balls have no radius, and rounding would decide what lies in them.
     """
 
-    def __init__(self, points: Tensor, k: int = 3, chunk: int = 1024) -> None:
+    def __init__(self, points: Tensor, k: int = 3, chunk: int = 1024, *, slack: float = 0.0) -> None:
         if len(points) <= k:
             raise ValueError(f"{len(points)} points have no {k}-th neighbour")
         self._points = points.cpu().double()
@@ -112,6 +114,8 @@ class Manifold:
         # The point itself is among its neighbours at distance 0, so the k-th other one is number k + 1.
         radii = [torch.cdist(part, self._points).kthvalue(k + 1, dim=1).values for part in self._points.split(chunk)]
         self._radii = torch.cat(radii)
+        if slack:
+            self._radii += slack * self._points.norm(dim=1).mean()
 
     def contains(self, queries: Tensor) -> Tensor:
         """(M,) bool: whether each query (M, D) lies in a ball."""
@@ -127,7 +131,12 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(
-    real: Tensor, fake: Tensor, k: int = 3, *, real_manifold: Manifold | None = None
+    real: Tensor,
+    fake: Tensor,
+    k: int = 3,
+    *,
+    real_manifold: Manifold | None = None,
+    fake_manifold: Manifold | None = None,
 ) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al., 1904.06991, Eq. 1-2) with Wilson intervals.
 
@@ -137,8 +146,8 @@ def precision_recall(
     Args:
         real: features (N, D).
         fake: features (M, D).
-        real_manifold: ``Manifold(real, k)`` where the caller has it already.
+        real_manifold: ``Manifold(real, k)`` where the caller has it already; ``fake_manifold`` likewise.
     """
     inside = (real_manifold or Manifold(real, k)).contains(fake)
-    covered = Manifold(fake, k).contains(real)
+    covered = (fake_manifold or Manifold(fake, k)).contains(real)
     return PrecisionRecall(proportion(int(inside.sum()), len(inside)), proportion(int(covered.sum()), len(covered)))

@@ -81,7 +81,7 @@ class Evaluator:
         check_reference(data, few, source, self.settings.neighbours)
         alone = few and not len(data.test)
         reference = data.test if few and not alone else data.train
-        self._reference = Reference(reference, extractor, self.settings)
+        self._reference = Reference(reference, extractor, self.settings, alone)
         self._test: FeatureStats | None = None
         self.few_shot: FewShotFigures | None = None
         held_out = self._features(data.test.images) if len(data.test) else torch.empty(0, extractor.info.dim)
@@ -94,7 +94,7 @@ class Evaluator:
         floor, floor_of = self._floor(held_out, few)
         self.protocol = Protocol(
             extractor=extractor.info,
-            reference=self._reference.described(alone),
+            reference=self._reference.described(),
             reference_sha256=reference.fingerprint(),
             samples=self.settings.samples,
             steps=self.settings.steps,

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from ..data.sources import DataSplits
 
 
+SLACK = 1e-5
+"""Of balls around the shots and around what may be copies of them: float32 features of one image differ in their last
+digits from batch to batch."""
+
+
 class Reference:
     """A set of real images and the figures of samples beside it.
 
@@ -29,15 +34,17 @@ class Reference:
 
     Args:
         images: of all processes; each reads its share.
+        alone: these are the shots, and there are no other images of their domain.
     """
 
-    def __init__(self, images: ImageData, extractor: Extractor, settings: EvalSettings) -> None:
-        self.images, self._settings = images, settings
+    def __init__(self, images: ImageData, extractor: Extractor, settings: EvalSettings, alone: bool = False) -> None:
+        self.images, self._settings, self._alone = images, settings, alone
         self.stats, self._points = read_statistics(images.images, extractor, settings)
         known = len(self._points)
         self.neighbours = min(settings.neighbours, known - 1)
         """k of precision and recall; 0 where there is none."""
-        self._manifold = Manifold(self._points, self.neighbours) if self.neighbours else None
+        self._slack = SLACK if alone else 0.0
+        self._manifold = Manifold(self._points, self.neighbours, slack=self._slack) if self.neighbours else None
         self._kernel_distance = KernelDistance(self._points) if known > 1 else None
 
     def measure(self, features: Tensor) -> dict[str, Estimate]:
@@ -45,7 +52,8 @@ class Reference:
         if self._manifold is None or self._kernel_distance is None:
             return {"fd": Estimate(value=None)}
         points = features[: self._settings.neighbour_points]
-        near = precision_recall(self._points, points, self.neighbours, real_manifold=self._manifold)
+        fake = Manifold(points, self.neighbours, slack=self._slack)
+        near = precision_recall(self._points, points, real_manifold=self._manifold, fake_manifold=fake)
         return {
             "fd": frechet_estimate(features, self.stats),
             "kid": self._kernel_distance.estimate(points),
@@ -53,15 +61,11 @@ class Reference:
             "recall": near.recall,
         }
 
-    def described(self, alone: bool) -> str:
-        """In words, for the protocol.
-
-        Args:
-            alone: these are the shots, and there are no other images of their domain.
-        """
+    def described(self) -> str:
+        """In words, for the protocol."""
         number = "1 image" if len(self.images) == 1 else f"{len(self.images)} images"
         told = f"{self.images.name} {self.images.split}, {number}"
-        if not alone:
+        if not self._alone:
             return told
         told += ": the very images that were trained on, for there are no others of the domain"
         few = self.neighbours < self._settings.neighbours

@@ -44,7 +44,7 @@ class ExtractorInfo(Result):
 
 HELD_OUT = "held-out images"
 EACH_OTHER = "the shots, each without itself"
-NOTHING = "nothing: a single image has no other to be near to"
+NOTHING = "nothing: a single picture has no other to be near to"
 """What tells how near to the few images a new one of their domain lies (``FewShotProtocol.near_of``)."""
 
 
@@ -70,6 +70,11 @@ class FewShotProtocol(Result):
         "test images. The best of several guidance settings is named after the fact, and looks better than it is",
         description="what these figures were used for: never to select what they measure",
     )
+
+    @property
+    def copies_known(self) -> bool:
+        """Whether there is something to tell copies by."""
+        return self.near_of != NOTHING
 
     @property
     def alone(self) -> bool:

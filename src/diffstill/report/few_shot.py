@@ -89,7 +89,7 @@ def _pairs_note(protocol: FewShotProtocol) -> str:
     )
     if not protocol.alone:
         return f"{told} over that of a held-out image to its nearest: near 0 a copy, about 1 a new image."
-    if protocol.shots == 1:
+    if not protocol.copies_known:
         return f"{told} ({protocol.distance}): 0 a copy; what is far is not known."
     return f"{told} over that of one of the few to its nearest other: near 0 a copy, about 1 as far as they are apart."
 
@@ -125,7 +125,7 @@ def _table_note(protocol: FewShotProtocol) -> str:
             f"Copies: samples nearer to a shot than {many} of the held-out images are; {few} is chance. "
             "Nearest shot: mean distance to it, over that of the held-out images. "
         )
-    elif protocol.shots > 1:
+    elif protocol.copies_known:
         note += (
             f"Copies: samples as near to a shot as the nearest {few} of the shots are to another. "
             "Nearest shot: mean distance to it, over that of the shots to their nearest other. "

@@ -57,6 +57,8 @@ def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path
     that setting. All models and settings are to start from the same noise.
     """
     run_dir, models, subject = Path(run_dir), receipt.models, receipt.subject
+    # Repeated shots are at 0 from themselves: a level that says nothing, and leaves no room for what is above it.
+    levels = {} if words.alone(receipt.protocol) else receipt.baselines
     columns, sweep_rows = views.sweep_pictures(models, run_dir)
     grids = [
         (role, views.picture(run_dir, m.images.get("grid"), f"samples of the {role}")) for role, m in models.items()
@@ -76,7 +78,7 @@ def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path
         sweep_rows=sweep_rows if _turned(models) else [],
         wide=any(p.width > 2 * p.height for _, row in sweep_rows for p in row if p),
         metric=_metric(receipt),
-        frontier_plots=frontier.frontier_plots(models, _metric(receipt), run_dir, receipt.baselines)
+        frontier_plots=frontier.frontier_plots(models, _metric(receipt), run_dir, levels)
         if receipt.kind == "chain"
         else [],
         few=few_shot.few_images(receipt, run_dir),

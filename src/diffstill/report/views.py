@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from ..evaluation.results import NOTHING, Estimate, FewShotProtocol, FidelityBin, Latency, ModelEvaluation, Protocol
+from ..evaluation.results import Estimate, FewShotProtocol, FidelityBin, Latency, ModelEvaluation, Protocol
 from . import words
 from .pictures import data_uri
 from .plots import cost_rows
@@ -315,7 +315,7 @@ def _few_shot_facts(found: FewShotProtocol) -> list[tuple[str, str]]:
         ("trained on", f"{words.count(found.shots)} image{'s' * (found.shots > 1)} ({found.shots_sha256[:16]})"),
         ("diversity", f"{found.diversity}, the first {found.per_cluster} samples a cluster"),
         ("distance between images", found.distance),
-        ("copies", copies if found.near_of != NOTHING else "not known: a single image has no other to be near to"),
+        ("copies", copies if found.copies_known else "not known: a single picture has no other to be near to"),
         ("source domain", source),
         ("selection", found.selection),
     ]

@@ -248,9 +248,12 @@ def _alone_sentences(found: FewShot, few: FewShotProtocol) -> str:
             "domain, and whether its samples are copies is not known."
         )
     near, copied = (percent(Estimate(value=value)) for value in (few.near, found.memorised.value))
+    copies = f"{copied} of its samples lie as near to one of them as the nearest {near} of them lie to another."
+    if not few.copies_known:
+        copies = "Whether its samples are copies is not known: these are all one picture."
     return (
         f"There are no other images of the domain than these {count(few.shots)}, so a low distance is a copy, not "
-        f"quality. {copied} of its samples lie as near to one of them as the nearest {near} of them lie to another."
+        f"quality. {copies}"
     )
 
 
@@ -304,7 +307,8 @@ def _quality_sentence(receipt: Receipt, role: str, model: ModelEvaluation, teach
     if model.best is None:
         return "Not one of its sample sets has a finite distance to the data: the model has diverged."
     best, name = model.best, receipt.protocol.extractor.name if receipt.protocol else "FD"
-    name += " to the images it was trained on" if alone(receipt.protocol) else ""
+    if alone(receipt.protocol):
+        name += " to the few" if model.images_alone else " to the images it was trained on"
     said = f"Its best {name} is {number(best.fd.value)} ({guidance_name(best.guidance)})"
     if model.images_alone:
         said = f"The images\u2019 {name} is {number(best.fd.value)}"

@@ -171,7 +171,9 @@ def _few(labels: Mapping[str, Index], class_names: tuple[str, ...], shots: int, 
     least = int(counts.argmin())
     if counts[least] < shots:
         problem = f"is more than the training images of class {class_names[least]}"
-        mend = f"there are {counts[least]}" + (f"; set data.shots={counts[least]}, or fewer" if counts[least] else "")
+        known = int(counts[least])
+        mend = f"there is 1; set data.shots={known}" if known == 1 else f"there are {known}"
+        mend += f"; set data.shots={known}, or fewer" if known > 1 else ""
         raise InputError("data.shots", shots, mend, problem=problem)
     few = class_ranks(numbers, spec.split_seed) < shots
     every["train"] = train[~few]
