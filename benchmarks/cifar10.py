@@ -11,6 +11,7 @@ docs/cifar10.md says where data and extractor come from.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shutil
 import signal
@@ -23,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from cifar10_results import collect, table
 from machine import describe
 
@@ -46,8 +48,8 @@ GO_ON = 75
 """Exit code of a call whose time ran out (EX_TEMPFAIL): type it again."""
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a diffstill command that was stopped and saved."""
-GRACE = 60
-"""Seconds that a stopped command gets to save itself."""
+GRACE, PLANNING = 60, 180
+"""Seconds that a stopped command gets to save itself; that the measuring of what fits takes, compilation included."""
 PUBLISHED = {"teacher": 25_000_000, "student": 15_000_000}
 """Images that the paper's models saw; no plan goes beyond."""
 SPARE = 0.9
@@ -85,6 +87,16 @@ class Call:
     @property
     def runs(self) -> Path:
         return Path(self.args.runs)
+
+    def needs(self, seconds: float, made: Path) -> None:
+        """Ends the call where too little of its time is left for a stage that has not made its file yet.
+
+        Raises:
+            SystemExit: with ``GO_ON``; never at the beginning of a call, which would be for ever.
+        """
+        if not made.exists() and self.left < min(seconds, self.args.minutes * 30):
+            print("time is out; the same call goes on", flush=True)
+            raise SystemExit(GO_ON)
 
     def command(self, *words: str) -> None:
         """Runs a command until it is done, or stops it when the time is out.
@@ -137,6 +149,7 @@ def plan(call: Call) -> dict[str, Any]:
         role: budget(rate, minutes[role], recipe.training.batch_size, PUBLISHED[role])
         for role, rate in measured.items()
     }
+    _release(runtime)
     made = {"images_per_s": measured, "minutes": minutes, "images": images, "machine": describe(runtime.device)}
     write_text(file, json.dumps(made, indent=1, sort_keys=True) + "\n")
     return made
@@ -159,6 +172,13 @@ def rates(recipe: DistillRecipe, data: DataSplits, runtime: Runtime, seconds: fl
         "teacher": _rate({"teacher": untrained(upstream, data)}, upstream.training, None, data, runtime, seconds),
         "student": _rate(arms, eager, blank.denoiser, data, runtime, seconds),
     }
+
+
+def _release(runtime: Runtime) -> None:
+    """Gives the device's memory back: the arena is a process of its own."""
+    gc.collect()
+    if runtime.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _rate(
@@ -226,10 +246,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     call = Call(args)
     call.runs.mkdir(parents=True, exist_ok=True)
     ladder = throughput(call)
+    call.needs(PLANNING, call.runs / "plan.json")
     planned = plan(call)
-    if call.left < GRACE and not (call.runs / "arena" / "arena.json").exists():
-        print("time is out; the same call goes on")
-        return GO_ON
+    call.needs(GRACE, call.runs / "arena" / "arena.json")
     results(call, ladder, planned, arena(call, planned))
     return 0
 
