@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar10_results import collect, table
+from cifar10_results import PAPER_IMAGES, collect, table
 from machine import describe
 
 from diffstill.data.sources import DataSplits, load_data
@@ -35,6 +35,7 @@ from diffstill.engine.loop import Trainer
 from diffstill.engine.runtime import Runtime
 from diffstill.engine.settings import TrainSettings
 from diffstill.engine.stream import BatchStream
+from diffstill.errors import DiffstillError, InputError
 from diffstill.jobs.build import build_arm
 from diffstill.jobs.distill import blank_teacher, teacher_recipe
 from diffstill.jobs.train import untrained
@@ -50,8 +51,8 @@ STOPPED = 128 + signal.SIGTERM
 """Exit code of a diffstill command that was stopped and saved."""
 GRACE, PLANNING = 60, 180
 """Seconds that a stopped command gets to save itself; that the measuring of what fits takes, compilation included."""
-PUBLISHED = {"teacher": 25_000_000, "student": 15_000_000}
-"""Images that the paper's models saw; no plan goes beyond."""
+UNPLANNED = 1_280_000
+"""Images of a recipe whose numbers are not known yet: whole batches of any usual size."""
 SPARE = 0.9
 """Share of the time that is planned for: evaluation during training, checkpoints and the start are the rest."""
 SMOKE = (
@@ -108,18 +109,25 @@ class Call:
         try:
             code = process.wait(timeout=max(1.0, self.left - GRACE / 2))
         except subprocess.TimeoutExpired:
-            process.terminate()
-            try:
-                process.wait(timeout=GRACE)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
             code = STOPPED
+        finally:  # whatever ends this call, no child of it goes on
+            _end(process)
         if code in (STOPPED, -signal.SIGTERM):
             print("time is out; the same call goes on", flush=True)
             raise SystemExit(GO_ON)
         if code:
             raise SystemExit(code)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stops a command that still runs, and gives it time to save itself."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(timeout=GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def throughput(call: Call) -> Path:
@@ -135,24 +143,37 @@ def throughput(call: Call) -> Path:
 
 def plan(call: Call) -> dict[str, Any]:
     """How many images of training fit: measured now, on this device, with the very arms; kept for later calls."""
-    file = call.runs / "plan.json"
+    file, asked = call.runs / "plan.json", _asked(call.args)
     if file.exists():
         known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        differing = [key for key, value in asked.items() if known["asked"].get(key) != value]
+        if differing:
+            key = differing[0]
+            mend = "use the same arguments, or another --runs"
+            raise InputError(key, asked[key], mend, problem=f"is not what {call.runs} was begun with")
         return known
     runtime = Runtime(call.args.device)
-    recipe = load_recipe(RECIPE, overrides(call.args, {"teacher": 10**6, "student": 10**6}))
+    recipe = load_recipe(RECIPE, overrides(call.args, dict.fromkeys(PAPER_IMAGES, UNPLANNED)))
     assert isinstance(recipe, DistillRecipe)
+    upstream = teacher_recipe(recipe)
+    assert upstream is not None
     data = load_data(recipe.data)
     measured = rates(recipe, data, runtime, call.args.rate_seconds)
     minutes = {"teacher": call.args.teacher_minutes, "student": call.args.student_minutes}
-    images = {
-        role: budget(rate, minutes[role], recipe.training.batch_size, PUBLISHED[role])
-        for role, rate in measured.items()
-    }
+    batch = {"teacher": upstream.training.batch_size, "student": recipe.training.batch_size}
+    images = {role: budget(rate, minutes[role], batch[role], PAPER_IMAGES[role]) for role, rate in measured.items()}
     _release(runtime)
-    made = {"images_per_s": measured, "minutes": minutes, "images": images, "machine": describe(runtime.device)}
+    made = {"asked": asked, "images_per_s": measured, "minutes": minutes, "images": images}
+    made |= {"machine": describe(runtime.device)}
     write_text(file, json.dumps(made, indent=1, sort_keys=True) + "\n")
     return made
+
+
+def _asked(args: argparse.Namespace) -> dict[str, Any]:
+    """What has to be the same in every call."""
+    names = ("data", "teacher_minutes", "student_minutes", "samples", "seeds", "smoke", "overrides")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "cpu"
+    return {name: getattr(args, name) for name in names} | {"extractor": str(args.extractor), "device": device}
 
 
 def budget(rate: float, minutes: float, batch: int, most: int) -> int:
@@ -243,7 +264,17 @@ def results(call: Call, ladder: Path, planned: dict[str, Any], arena_dir: Path) 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
-    call = Call(args)
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(GO_ON))
+    try:
+        return _stages(Call(args))
+    except DiffstillError as error:
+        print(f"cifar10: {error}", file=sys.stderr)
+        return error.exit_code
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stages(call: Call) -> int:
     call.runs.mkdir(parents=True, exist_ok=True)
     ladder = throughput(call)
     call.needs(PLANNING, call.runs / "plan.json")
@@ -265,10 +296,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=1, help="training seeds of the students")
     parser.add_argument("--rate-seconds", type=float, default=10.0, help="of measuring what fits")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--runs", type=Path, default=Path("runs/cifar10"), help="where everything is worked on")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cifar10")
+    parser.add_argument("--runs", type=Path, help="where everything is worked on; default runs/cifar10")
+    parser.add_argument("--out", type=Path, help="default benchmarks/results/cifar10; of a smoke run, under --runs")
     parser.add_argument("--smoke", action="store_true", help="tiny networks and numbers: does it run at all?")
     args = parser.parse_args(argv)
+    args.runs = args.runs or Path("runs/cifar10-smoke" if args.smoke else "runs/cifar10")
+    args.out = args.out or (args.runs / "results" if args.smoke else Path(__file__).parent / "results" / "cifar10")
     for name in ("minutes", "teacher_minutes", "student_minutes", "rate_seconds"):
         if getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name):g}: use more than 0")

@@ -4,7 +4,8 @@
 
 Every way is a process of its own, so that its peak of resident memory is its own; the ways take turns, and a round
 compares each with the plain one (fine-tuning) of the same round. Weights are random: what a step costs does not depend
-on them. The machine must be quiet.
+on them. The machine must be quiet; ``--clock cpu`` with one thread counts the process's own seconds where it
+is not.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 import torch
 from machine import describe, warnings
-from timing import Spread
+from timing import Clock, Spread
 
 from diffstill.data.sources import load_data
 from diffstill.disk import write_text
@@ -64,12 +65,13 @@ class Turn:
     """Peak of resident memory over what was held before the networks were built, 10^6 bytes; CUDA: peak allocated."""
 
 
-def measure(way: str, device: str, steps: int, warm: int) -> Turn:
+def measure(way: str, device: str, steps: int, warm: int, clock: Clock) -> Turn:
     """A training of ``warm`` steps that are not timed and ``steps`` that are."""
     name, overrides = WAYS[way]
     recipe = load_recipe(name, list(overrides))
     assert isinstance(recipe, DistillRecipe)
     runtime, data, settings = Runtime(device), load_data(recipe.data), recipe.training
+    now = time.perf_counter if clock == "wall" else time.process_time
     held = _resident()
     teacher = blank_teacher(recipe, data)
     method = build_arm(recipe, ArmSpec(method=recipe.method), teacher, 0)
@@ -80,11 +82,11 @@ def measure(way: str, device: str, steps: int, warm: int) -> Turn:
         for _ in range(warm):
             trainer.step()
         runtime.synchronize()
-        began = time.perf_counter()
+        began = now()
         for _ in range(steps):
             trainer.step()
         runtime.synchronize()
-        seconds = time.perf_counter() - began
+        seconds = now() - began
     cuda = runtime.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Turn(seconds / steps, settings.images, settings.batch_size, (peak - (0 if cuda else held)) / 1e6)
@@ -120,17 +122,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50, help="timed steps a turn; a multiple of student_every")
     parser.add_argument("--warm", type=int, default=10)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall")
     parser.add_argument("--way", choices=list(WAYS), help="one turn of one way, as JSON on the screen")
     parser.add_argument("--out", type=Path)
     asked = parser.parse_args()
     if asked.way is not None:
-        print(json.dumps(asdict(measure(asked.way, asked.device, asked.steps, asked.warm))))
+        print(json.dumps(asdict(measure(asked.way, asked.device, asked.steps, asked.warm, asked.clock))))
         return
     if asked.out is None:
         parser.error("--out: name the file to write")
     device = Runtime(asked.device).device
+    found = {"machine": describe(device), "warnings": warnings(device), "steps": asked.steps, "clock": asked.clock}
     turns: dict[str, list[Turn]] = {way: [] for way in WAYS}
     same = ["--steps", str(asked.steps), "--warm", str(asked.warm), "--device", device.type]
+    same += ["--clock", asked.clock]
     for _ in range(asked.rounds):
         for way in WAYS:
             words = [sys.executable, __file__, "--way", way, *same]
@@ -138,7 +143,7 @@ def main() -> None:
             turn = Turn(**json.loads(told))
             turns[way].append(turn)
             print(f"{way:45s} {turn.step_s * 1e3:7.1f} ms a step, {turn.peak_mb:6.0f} MB", flush=True)
-    found = {"machine": describe(device), "warnings": warnings(device), "steps": asked.steps, "ways": summary(turns)}
+    found["ways"] = summary(turns)
     write_text(asked.out, json.dumps(found, indent=1, sort_keys=True) + "\n")
     print(f"wrote {asked.out}")
 

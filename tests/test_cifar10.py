@@ -14,6 +14,10 @@ import pytest
 from test_cifar_resnet import random_weights
 
 from diffstill.cli import main
+from diffstill.evaluation.results import Estimate
+from diffstill.jobs.distill import teacher_recipe
+from diffstill.recipe import load_recipe
+from diffstill.report.arena import ArenaResult
 from diffstill.report.receipt import Receipt
 
 LADDER = {
@@ -48,29 +52,67 @@ def test_a_budget_is_whole_batches_within_the_paper() -> None:
     assert cifar10.budget(0.001, 1, 128, 25_000_000) == 128, "one step at least"
 
 
-def test_the_aims_are_computed_from_what_was_measured(tmp_path: Path) -> None:
+def arena_of(tmp_path: Path, teacher: float, ratio: float = 0.9, **distances: float | None) -> ArenaResult:
+    """An arena of one guidance, whose arms have these distances and DASH this gap ratio."""
     found = fabricated.arena(tmp_path)
-    aims = {aim["name"]: aim for aim in cifar10_results.aims(found, LADDER)}
-    steps = {name: aim for name, aim in aims.items() if name.startswith("DASH step")}
-    assert [(aim["value"], aim["met"]) for aim in steps.values()] == [(4.2, True), (2.4, False)]
-    teacher = {point.guidance: point.fd.value for point in found.teacher.sweep}
-    dash, scratch = (found.arm(name) for name in ("dash", "scratch"))
-    for guidance, floor in teacher.items():
-        points = [[p for s in arm.at("equal_steps") for p in s.evaluation.sweep] for arm in (dash, scratch)]
-        mine, theirs = (np.mean([p.fd.value for p in each if p.guidance == guidance]) for each in points)
-        aim = next(a for name, a in aims.items() if name.endswith(f"at guidance {guidance}, at most"))
-        if theirs <= floor:
-            assert aim["value"] is None
-        else:
-            assert aim["value"] == pytest.approx((mine - floor) / (theirs - floor))
-            assert aim["met"] == (aim["value"] <= 0.25)
-    order = aims["DASH better than composite better than scratch"]
-    assert order["met"] == (order["value"] == sorted(order["value"]))
-    nothing = {aim["name"]: aim for aim in cifar10_results.aims(found, {"ladders": []})}
-    assert all(nothing[name]["met"] is None for name in steps)
-    page = cifar10_results.aims_table({"aims": list(aims.values())})
-    assert page.count("\n") == len(aims) + 2
-    assert ("missed" in page) == any(aim["met"] is False for aim in aims.values())
+    found.teacher.sweep = [point.model_copy(deep=True) for point in found.teacher.sweep[:1]]
+    found.teacher.sweep[0].fd = Estimate(value=teacher)
+    for name, value in distances.items():
+        arm = found.arm(name)
+        assert arm is not None
+        for seed in arm.seeds:
+            seed.evaluation.sweep = [point.model_copy(deep=True) for point in seed.evaluation.sweep[:1]]
+            seed.evaluation.sweep[0].fd = Estimate(value=value)
+            seed.chosen = seed.evaluation.sweep[0].guidance
+            if name == "dash":
+                assert seed.evaluation.fidelity is not None
+                seed.evaluation.fidelity.overall.ratio = Estimate(value=ratio)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("dash", "composite", "scratch", "ratio", "share", "met"),
+    [
+        (8.0, 13.0, 20.0, 0.9, 0.2, [True, True, True, True, False]),
+        (10.0, 9.0, 20.0, 0.84, 1 / 3, [False, False, False, True, False]),
+        (20.0, 13.0, 8.0, 0.85, 5.0, [False, False, True, True, False]),
+        (8.0, 13.0, 4.0, 0.9, None, [None, False, True, True, False]),  # scratch is better than the teacher
+        (None, 13.0, 20.0, 0.9, None, [None, None, True, True, False]),  # DASH diverged
+    ],
+)
+def test_the_aims_are_computed_from_what_was_measured(
+    dash: float | None, composite: float, scratch: float, ratio: float, share: float | None, met: list, tmp_path: Path
+) -> None:
+    found = arena_of(tmp_path, 5.0, ratio, dash=dash, composite=composite, scratch=scratch)
+    aims = cifar10_results.aims(found, LADDER)
+    assert aims[0]["value"] == (None if share is None else pytest.approx(share))
+    assert [aim["met"] for aim in aims] == met
+    assert [aim["value"] for aim in aims[3:]] == [4.2, 2.4]
+    assert [aim["met"] for aim in cifar10_results.aims(found, {"ladders": []})[3:]] == [None, None]
+    page = cifar10_results.aims_table({"aims": aims})
+    assert (page.count("| met |"), page.count("| missed |")) == (met.count(True), met.count(False))
+
+
+@pytest.mark.parametrize("images", [cifar10.UNPLANNED, cifar10.budget(4321.0, 9, 128, 25_000_000)])
+def test_the_recipe_takes_every_plan(images: int) -> None:
+    """At full size, without --smoke, whose batch is another."""
+    args = cifar10._arguments(["--extractor", "x.pt", "--data", "npz:cifar10"])
+    recipe = load_recipe(cifar10.RECIPE, cifar10.overrides(args, {"teacher": images, "student": images}))
+    upstream = teacher_recipe(recipe)
+    assert (recipe.training.images, upstream.training.images) == (images, images)
+    assert upstream.training.warmup_images <= images // 10
+    assert recipe.evaluation.extractor == "torchscript:x.pt"
+
+
+def test_a_plan_of_other_arguments_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "throughput.json").write_text('{"complete": true}')
+    words = ["--extractor", "x.pt", "--runs", str(tmp_path), "--device", "cpu"]
+    asked = cifar10._asked(cifar10._arguments(words))
+    (tmp_path / "plan.json").write_text(json.dumps({"asked": {**asked, "samples": 7}}))
+    assert cifar10.main(words) == 2
+    error = capsys.readouterr().err
+    assert "samples: 10000 is not what" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [["--minutes", "0"], ["--teacher-minutes", "-1"]])

@@ -302,7 +302,8 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     runtime, ui = _session(arguments, "auto")
     named = Path(arguments.model.partition(":")[2] or arguments.model)
-    out = arguments.out or Path("runs") / f"eval-{'-'.join(named.resolve().with_suffix('').parts[-2:])}"
+    name = "-".join(named.resolve().parts[-2:])
+    out = arguments.out or Path("runs") / f"eval-{name.removesuffix('.npz').removesuffix('.parquet')}"
     data_overrides, overrides = of_data(arguments.overrides)
     asked = {"data": arguments.data, "data_overrides": data_overrides}
     try:

@@ -197,7 +197,9 @@ class Evaluator:
             raise InputError("samples", f"{name} {pictures.shape}", mend)
         if len(pictures) < 2 * (self.settings.neighbours + 1):
             raise InputError("samples", f"{name} with {len(pictures)} images", "use more images")
-        mine = share(len(pictures))
+        # Files may be sorted by class; what looks at the first images, or at parts of them, must not see a few classes.
+        order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
+        pictures, mine = pictures.subset(order), share(len(pictures))
         images, labels = pictures.images[mine.start : mine.stop], pictures.labels[mine.start : mine.stop]
         features, metrics = self._metrics(images, labels if labelled else None)
         few = self.few_shot.measure(images, features) if self.few_shot is not None else None
@@ -284,21 +286,24 @@ class Evaluator:
         held = self.store.held(name, made) if self.store is not None else None
         if held is not None:
             return held
-        images = sample_images(
-            denoiser,
-            len(mine),
-            guidance=schedule,
-            steps=steps,
-            seed=seed,
-            batch_size=self.settings.batch_size,
-            clip=self.settings.clip,
-            first=mine.start,
-            guided=guided,
-            progress=progress,
-        )
-        if self.store is not None:
-            self.store.keep(name, made, images, torch.tensor(mine) % denoiser.num_classes)
-        return images
+
+        def draw(first: int, count: int) -> Tensor:
+            return sample_images(
+                denoiser,
+                count,
+                guidance=schedule,
+                steps=steps,
+                seed=seed,
+                batch_size=self.settings.batch_size,
+                clip=self.settings.clip,
+                first=first,
+                guided=guided,
+                progress=lambda done: progress(first - mine.start + done),
+            )
+
+        if self.store is None:
+            return draw(mine.start, len(mine))
+        return self.store.drawn(name, made, draw, torch.tensor(mine) % denoiser.num_classes)
 
     def _metrics(self, images: Tensor, labels: Tensor | None) -> tuple[Tensor, dict[str, Estimate]]:
         """The features (N, dim) of all processes' images and what follows from them.

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -17,6 +17,9 @@ from torch import Tensor
 
 from ..disk import sync
 from ..errors import InputError
+
+PIECE = 1000
+"""Images that are drawn before they are kept."""
 
 
 def write_samples(path: Path, images: Tensor, labels: Tensor, made: Mapping[str, Any] | None = None) -> None:
@@ -49,7 +52,9 @@ def read_samples(path: Path) -> tuple[Tensor, Tensor, dict[str, Any]]:
         with np.load(path, allow_pickle=False) as file:
             images, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"])
             made = json.loads(file["made"].tobytes())
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+        if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
+            raise ValueError(f"images {tuple(images.shape)} {images.dtype}, labels {tuple(labels.shape)}")
+    except (OSError, TypeError, ValueError, KeyError, EOFError, BadZipFile) as error:
         problem = f"holds no samples ({' '.join(str(error).split())[:120]})"
         raise InputError("samples", str(path), "give a file that diffstill wrote", problem=problem) from None
     return images, labels, made
@@ -81,3 +86,29 @@ class SampleStore:
 
     def keep(self, name: str, made: Mapping[str, Any], images: Tensor, labels: Tensor) -> None:
         write_samples(self.path(name, made), images, labels, made)
+
+    def drawn(
+        self, name: str, made: Mapping[str, Any], draw: Callable[[int, int], Tensor], labels: Tensor
+    ) -> Tensor:
+        """The images ``made["first"]`` and on, one for each of ``labels`` (N,): drawn a piece at a time, each kept
+        until the whole is, so that a call that is stopped loses one piece.
+
+        Args:
+            draw: (first, count) -> images.
+        """
+        pieces, places = [], []
+        for start in range(0, len(labels), PIECE):
+            count = min(PIECE, len(labels) - start)
+            part = {**made, "first": made["first"] + start, "count": count}
+            images = self.held(f"{name}-part", part)
+            if images is None:
+                images = draw(part["first"], count)
+                if count < len(labels):
+                    self.keep(f"{name}-part", part, images, labels[start : start + count])
+            pieces.append(images)
+            places.append(self.path(f"{name}-part", part))
+        whole = torch.cat(pieces) if pieces else draw(made["first"], 0)
+        self.keep(name, made, whole, labels)
+        for place in places:
+            place.unlink(missing_ok=True)
+        return whole

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -41,15 +42,24 @@ def open_images(text: str) -> tuple[ImageData, bool]:
     Raises:
         InputError: no images, or none that can be read.
     """
-    flat = is_flat(Path(text.removeprefix("folder:")).expanduser())
-    whole = {"val_fraction": 0.0, "test_fraction": 0.0, "unlabelled": flat}
     try:
-        parts = load_data(DataSpec.parse(text).model_copy(update=whole))
+        parts = _load(DataSpec.parse(text).model_copy(update={"val_fraction": 0.0, "test_fraction": 0.0}))
     except InputError as error:
         raise InputError.about("samples", str(error).partition(": ")[2]) from None
     each = [part for part in (parts.train, parts.val, parts.test) if len(part)]
     images, labels = (torch.cat([getattr(part, name) for part in each]) for name in ("images", "labels"))
-    return ImageData(parts.name, "samples", images, labels, parts.class_names), not flat
+    return ImageData(parts.name, "samples", images, labels, parts.class_names), parts.labelled
+
+
+def _load(spec: DataSpec) -> DataSplits:
+    """With its labels, or where it has none, without."""
+    try:
+        return load_data(spec)
+    except InputError as first:
+        try:
+            return load_data(spec.model_copy(update={"unlabelled": True}))
+        except InputError:
+            raise first from None
 
 
 def protocol_of_images(overrides: Sequence[str]) -> EvaluationSpec:
@@ -82,8 +92,10 @@ def evaluate_images(
     check_out(out)
     pictures, labelled = open_images(source)
     splits = load_data(override_section(DataSpec.parse(data), data_overrides, "data"))
-    evaluator = evaluator_for(spec or EvaluationSpec(), splits, runtime)
-    known = labelled and _same_classes(pictures, splits)
+    protocol = (spec or EvaluationSpec()).model_copy(update={"samples": len(pictures)})
+    evaluator = evaluator_for(protocol, splits, runtime)
+    named = _relabelled(pictures, splits) if labelled else None
+    pictures, known = named or pictures, named is not None
     with ui.bar(f"measure {len(pictures)} images", 1.0) as bar:
         bar.update(0.0)
         found = evaluator.measure_images(pictures, pictures.name, labelled=known)
@@ -110,12 +122,16 @@ def evaluate_images(
     return Finished(out, receipt)
 
 
-def _same_classes(pictures: ImageData, data: DataSplits) -> bool:
-    """Whether the labels are the data's: by the same names, or by number."""
-    if pictures.class_names == data.class_names:
-        return True
-    numbers = all(name.isdigit() for name in pictures.class_names)
-    return numbers and pictures.num_classes <= data.num_classes
+def _relabelled(pictures: ImageData, data: DataSplits) -> ImageData | None:
+    """The pictures with the data's labels: classes are matched by name, or names that are numbers are the labels
+    themselves. None where some class is not the data's."""
+    known = {name: label for label, name in enumerate(data.class_names)}
+    if not set(pictures.class_names) <= known.keys():
+        known = {name: int(name) for name in pictures.class_names if name.isdigit() and int(name) < data.num_classes}
+        if len(known) < pictures.num_classes:
+            return None
+    table = torch.tensor([known[name] for name in pictures.class_names])
+    return replace(pictures, labels=table[pictures.labels], class_names=data.class_names)
 
 
 def _picture(pictures: ImageData, data: DataSplits, labelled: bool) -> Image.Image:

@@ -27,12 +27,15 @@ IMAGE_KEYS = ("images", "image", "x", "X", "data", "arr_0")
 class NpzPart(BlockPart):
     """An image array inside an .npz file, read a block at a time."""
 
-    def __init__(self, file: NpzFile, image_key: str, label_key: str, layout: str | None) -> None:
+    def __init__(self, file: NpzFile, image_key: str, label_key: str | None, layout: str | None) -> None:
         self.file, self.key = file, image_key
         self.origins = frozenset({f"{file.path.resolve()}:{image_key}"})
         self.axes = _channels_last(file, image_key, layout)
         shape = file.entry(image_key).shape
-        self.labels, self.class_names = file.labels(label_key), file.class_names(label_key)
+        if label_key is None:
+            self.labels, self.labelled = np.zeros(shape[0], np.int64), False
+        else:
+            self.labels, self.class_names = file.labels(label_key), file.class_names(label_key)
         if shape[0] != len(self.labels):
             problem = f"holds {shape[0]} images and {len(self.labels)} labels"
             raise InputError(file.field, str(file.path), "give every image one label", problem=problem)
@@ -85,6 +88,8 @@ def _parts_of(file: NpzFile, spec: DataSpec) -> dict[str, Part]:
     pairs = {} if spec.image_key or spec.label_key else _split_pairs(file)
     if not pairs:
         image = _key(file, spec.image_key, IMAGE_KEYS, "image")
+        if spec.unlabelled and spec.label_key is None and not set(LABEL_KEYS) & file.entries.keys():
+            return {"train": NpzPart(file, image, None, spec.layout)}
         pairs = {"train": (image, _key(file, spec.label_key, LABEL_KEYS, "label"))}
     return {split: NpzPart(file, image, label, spec.layout) for split, (image, label) in pairs.items()}
 
