@@ -16,6 +16,7 @@ from test_cifar_resnet import random_weights
 from diffstill.cli import main
 from diffstill.evaluation.results import Estimate
 from diffstill.jobs.distill import teacher_recipe
+from diffstill.models.folder import load_model
 from diffstill.recipe import load_recipe
 from diffstill.report.arena import ArenaResult
 from diffstill.report.receipt import Receipt
@@ -155,6 +156,9 @@ def test_the_whole_benchmark_runs_stops_and_goes_on(
         assert {"fd", "kid", "precision", "recall", "class_agreement", "inception_score"} <= set(arm["sweep"][0]["1"])
     assert found["arms"]["dash"]["cost"]["latency"][0]["batch"] == 1
     assert (tmp_path / "out" / "dash-grid.png").exists()
+    kept = load_model(tmp_path / "runs" / "arena" / "models" / "seed-0" / "dash-inherit")
+    assert kept.lineage.name == "dash-cifar10-arena-dash-inherit"
+    assert kept.lineage.recipe["student"]["init"] == "inherit", "the arm's own recipe"
     samples = sorted((tmp_path / "runs" / "arena" / "samples").glob("dash-2-*.npz"))
     out = tmp_path / "eval"
     of = ["--data", world["data"], "data.val_fraction=0", f"extractor=torchscript:{world['extractor']}"]

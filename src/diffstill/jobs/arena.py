@@ -203,7 +203,7 @@ class _Session:
 
     def _keep(self, arm: Arm, folder: Path, seed: int, evaluation: ModelEvaluation) -> None:
         """The arm's student as a model folder, with its figures on its card."""
-        if arm.failed is not None or (folder / "model_index.json").exists():
+        if arm.failed is not None:
             return
         spec = self.arms[arm.name]
         network = NetworkSpec.model_validate({**self.recipe.student.model_dump(mode="json"), **spec.student})
