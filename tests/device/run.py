@@ -1,0 +1,56 @@
+"""run.py BUILD PLAN.json: ``diffstill`` commands in one process, on the other device, or on the CPU (BUILD ``cpu``).
+
+PLAN.json is a list of {words, stop_at}; ``stop_at`` is a training step at which SIGTERM comes. Prints the exit codes.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from device import other_device
+from diffstill.cli import main
+from diffstill.engine.loop import Trainer
+from diffstill.engine.runtime import Runtime
+
+
+def work_on(device: torch.device) -> None:
+    """Makes ``device`` the one that every run takes, whatever it asks for."""
+    made = Runtime.__init__
+
+    def there(self: Runtime, asked: str = "auto") -> None:
+        made(self, "cpu")
+        self.device = device
+
+    Runtime.__init__ = there  # type: ignore[assignment,method-assign]
+
+
+def stopped_at(step: int | None, words: list[str]) -> int:
+    """Exit code of a command that is told to stop while it does its ``step``-th step."""
+    whole, taken = Trainer.step, 0
+
+    def counted(self: Trainer) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == step:
+            signal.raise_signal(signal.SIGTERM)
+        whole(self)
+
+    Trainer.step = counted  # type: ignore[method-assign]
+    try:
+        return main(words)
+    finally:
+        Trainer.step = whole  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] != "cpu":
+        work_on(other_device(Path(sys.argv[1])))
+    plan = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
+    print(json.dumps([stopped_at(one.get("stop_at"), one["words"]) for one in plan]))
