@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from problem import CUDA_AIM
+
 from diffstill.evaluation.results import ModelEvaluation, ScalePoint
 from diffstill.report import words
 from diffstill.report.arena import ArenaArm, ArenaResult, best_fd, fd_at, fidelity
@@ -18,8 +20,6 @@ PAPER = {
 }
 """arXiv 2606.00798: FID by Inception, 50,000 samples, 50 DDIM steps, TAG guidance. Not to be set beside FD-ResNet56
 but as ratios to the teacher."""
-STEP_AIMS = {64: 4.0, 256: 2.5}
-"""Batch size -> the DASH step's images/s over the straightforward loop's."""
 POINT = ("fd", "fd_test", "kid", "precision", "recall", "class_agreement", "inception_score")
 PARTS = ("ratio", "cosine", "gap_mse", "cond_mse", "null_mse")
 
@@ -80,7 +80,7 @@ def aims(found: ArenaResult, ladder: Mapping[str, Any]) -> list[dict[str, Any]]:
     ratio = dash.mean(fidelity("ratio")).value if dash else None
     made.append(_aim("gap ratio of DASH at least", 0.85, ratio, lambda value, aim: value >= aim))
     steps = {each["batch"]: each for each in ladder["ladders"] if each["work"] == "distil" and each["nets"] == "cifar"}
-    for batch, least in STEP_AIMS.items():
+    for batch, least in CUDA_AIM.items():
         ran = steps.get(batch, {}).get("library", {}).get("ratio")
         made.append(
             _aim(
@@ -138,8 +138,7 @@ def table(found: Mapping[str, Any]) -> str:
         cells = [words.number(sum(m) / len(m)) if m and None not in m else words.MISSING for m in means]
         gap = [words.number(arm["fidelity"][part]["value"]) for part in ("ratio", "cosine")]
         rows.append([arm["label"], words.count(arm["parameters"]), words.count(arm["images"]), *cells, *gap])
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return words.markdown(header, rows)
 
 
 def aims_table(found: Mapping[str, Any]) -> str:
@@ -154,5 +153,4 @@ def aims_table(found: Mapping[str, Any]) -> str:
 
     said = {True: "met", False: "missed", None: "not measured"}
     rows = [[aim["name"], shown(aim["aim"]), shown(aim["value"]), said[aim["met"]]] for aim in found["aims"]]
-    lines = [["aim", "set", "measured", ""], [":--", "--:", "--:", ":--"], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return words.markdown(["aim", "set", "measured", ""], rows)

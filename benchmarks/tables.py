@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,6 @@ RESULTS = Path(__file__).parent / "results"
 DOCS = ("dash", "decisions", "guided", "chain", "sfddm", "unidad", "cifar10")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 MARKED = re.compile(r"<!-- begin: measured ([\w -]+) -->\n(.*?)<!-- end -->", re.DOTALL)
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, [":--", *["--:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def arena() -> ArenaResult:
@@ -62,7 +57,7 @@ def arena_summary() -> str:
         "gap cosine",
         "gap MSE \u00d7 1000",
     ]
-    return table([*header, "training", "best at equal seconds"], [teacher, *map(cells, arms)])
+    return words.markdown([*header, "training", "best at equal seconds"], [teacher, *map(cells, arms)])
 
 
 def arena_at(budget: Budget) -> Callable[[], str]:
@@ -90,7 +85,7 @@ def throughput() -> str:
 
     nets = {"digits": "digits networks", "cifar": "published CIFAR networks"}
     header = [f"{label}, batch {ladders['distil', name]['batch']}" for name, label in nets.items()]
-    return table(
+    return words.markdown(
         ["", *header],
         [
             ["DASH step, as diffstill runs it", *(spread(ladders["distil", name]["library"]) for name in nets)],
@@ -118,7 +113,7 @@ def variants(file: str, labels: dict[str, str], columns: dict[str, tuple[str, fl
             return words.plus_minus(mean) + ("" if first else f" ({words.plus_minus(apart, signed=True)})")
 
         rows = [[label, *(cell(name, *column) for column in columns.values())] for name, label in labels.items()]
-        return table(["", *columns], rows)
+        return words.markdown(["", *columns], rows)
 
     return made
 
@@ -156,7 +151,7 @@ def guided_grid() -> str:
     rows += [[f"student, deterministic, {n} step{'s' * (n > 1)}", f"full-{n}"] for n in (16, 8, 4, 2, 1)]
     rows += [[f"student, stochastic, {n} steps", f"stochastic-{n}"] for n in (16, 8, 4, 2)]
     rows += [[f"teacher as it is, {n} step{'s' * (n > 1)}", f"teacher@{n}"] for n in (16, 8, 4, 2, 1)]
-    return table(
+    return words.markdown(
         ["", "NFE", *(f"s = {s}" for s in scales), "agreement, s = 2"],
         [
             [label, str(models[name]["nfe"]), *(cell(models[name], f"s={s} fd") for s in scales),
@@ -188,7 +183,9 @@ def cascade(rows: dict[str, str]) -> Callable[[], str]:
             "gap ratio",
             "gap cosine",
         ]
-        return table([*header, "response, s = 1 to 2"], [row(label, models[name]) for name, label in rows.items()])
+        return words.markdown(
+            [*header, "response, s = 1 to 2"], [row(label, models[name]) for name, label in rows.items()]
+        )
 
     return made
 
@@ -203,7 +200,7 @@ def sfddm() -> str:
         "trajectory (ours), trailing": "trajectory-{}",
         "progressive, trailing": "progressive-{}",
     }
-    return table(
+    return words.markdown(
         ["steps", *ways],
         [[str(n), *(cell(models[way.format(n)], "best fd") for way in ways.values())] for n in (100, 50, 16, 8, 4, 2)],
     )
@@ -232,7 +229,7 @@ def few_shot(file: str, steps: int) -> Callable[[], str]:
         known = {name.format(steps): label for name, label in FEW_SHOT.items() if name.format(steps) in models}
 
         header = ["", "NFE", "FD", "diversity, % of real", "copies, %", "FD to the source"]
-        return table(header, [_few_shot_row(label, models[name]) for name, label in known.items()])
+        return words.markdown(header, [_few_shot_row(label, models[name]) for name, label in known.items()])
 
     return made
 
@@ -252,7 +249,7 @@ def few_shot_by_number() -> str:
         for name in ("finetune@1-renoise", "unidad"):
             number, *rest = _few_shot_row(FEW_SHOT[name.replace("@1", "@{}")], models[name])
             rows.append([str(shots), number, *rest])
-    return table(["images", "", "NFE", "FD", "diversity, % of real", "copies, %", "FD to the source"], rows)
+    return words.markdown(["images", "", "NFE", "FD", "diversity, % of real", "copies, %", "FD to the source"], rows)
 
 
 def few_shot_cost() -> str:
@@ -271,7 +268,7 @@ def few_shot_cost() -> str:
 
     rows = sorted(ways.items(), key=lambda item: item[1]["step_s"])
     header = ["", "a step, of fine-tuning's", "whole training", "memory, of fine-tuning's", "peak"]
-    return table(header, [row(way, found) for way, found in rows])
+    return words.markdown(header, [row(way, found) for way, found in rows])
 
 
 def cifar10(made: Callable[[dict[str, Any]], str]) -> Callable[[], str]:

@@ -157,9 +157,7 @@ def test_the_order_of_the_files_says_nothing(data, tmp_path: Path) -> None:
     held = data.train
     order = held.labels.argsort(stable=True)
     shuffled = torch.randperm(len(held), generator=torch.Generator().manual_seed(5))
-    found = [
-        evaluator.measure_images(held.subset(index), "x", labelled=True).sweep[0] for index in (order, shuffled)
-    ]
+    found = [evaluator.measure_images(held.subset(index), "x", labelled=True).sweep[0] for index in (order, shuffled)]
     for name in ("fd", "kid", "precision", "recall", "class_agreement"):
         a, b = (getattr(point, name).value for point in found)
         assert a == pytest.approx(b, rel=1e-4, abs=1e-5), name

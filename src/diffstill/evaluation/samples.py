@@ -87,9 +87,7 @@ class SampleStore:
     def keep(self, name: str, made: Mapping[str, Any], images: Tensor, labels: Tensor) -> None:
         write_samples(self.path(name, made), images, labels, made)
 
-    def drawn(
-        self, name: str, made: Mapping[str, Any], draw: Callable[[int, int], Tensor], labels: Tensor
-    ) -> Tensor:
+    def drawn(self, name: str, made: Mapping[str, Any], draw: Callable[[int, int], Tensor], labels: Tensor) -> Tensor:
         """The images ``made["first"]`` and on, one for each of ``labels`` (N,): drawn a piece at a time, each kept
         until the whole is, so that a call that is stopped loses one piece.
 

@@ -193,7 +193,4 @@ def _teacher_row(arena: ArenaResult, settings: Sequence[str]) -> list[str]:
 
 def markdown_table(arena: ArenaResult, budget: Budget = "equal_steps") -> str:
     """The arena's table as GitHub Markdown, for the documentation."""
-    header, body = rows(arena, budget)
-    align = [":--"] + ["--:"] * (len(header) - 1)
-    lines = [header, align, *body]
-    return "".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines)
+    return words.markdown(*rows(arena, budget))

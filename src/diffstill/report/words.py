@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 from ..diffusion.guidance import TAG, Interval, parse_guidance
 from ..evaluation.results import (
@@ -30,6 +31,13 @@ def number(value: float | None, digits: int = 3, *, signed: bool = False) -> str
     if value is None or not math.isfinite(value):
         return MISSING
     return _fixed(value, _decimals(value, digits), signed=signed)
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of GitHub Markdown: the first column to the left, the others to the right."""
+    lines = [[cell.replace("|", "\\|") for cell in line] for line in (header, *rows)]
+    lines.insert(1, [":--", *["--:"] * (len(header) - 1)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def estimate(found: Estimate | None, *, signed: bool = False) -> str:
