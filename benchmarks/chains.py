@@ -23,7 +23,7 @@ from diffstill.recipe import ChainRecipe, load_recipe, resolved
 from diffstill.report.frontier import gap_error
 from diffstill.report.receipt import Receipt
 
-POINT = ("fd", "kid", "class_agreement", "response", "precision", "recall")
+POINT = ("fd", "fd_pixels", "kid", "class_agreement", "response", "precision", "recall")
 """Quantities of a sweep's point that are kept."""
 FEW = ("diversity", "diversity_share", "memorised", "nearest_ratio", "source_fd")
 """And of its figures about few images."""

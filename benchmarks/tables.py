@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -228,28 +228,39 @@ def few_shot(file: str, steps: int) -> Callable[[], str]:
         models = chain_models(file)
         known = {name.format(steps): label for name, label in FEW_SHOT.items() if name.format(steps) in models}
 
-        header = ["", "NFE", "FD", "diversity, % of real", "copies, %", "FD to the source"]
-        return words.markdown(header, [_few_shot_row(label, models[name]) for name, label in known.items()])
+        return _few_shot_table([""], [([label], models[name]) for name, label in known.items()])
 
     return made
 
 
-def _few_shot_row(label: str, model: dict[str, Any]) -> list[str]:
-    at = next(name.split()[0] for name in model["figures"] if name.startswith("s="))  # its one setting
-    told = [label, str(model["nfe"]) if model["nfe"] else words.MISSING]
-    percent = [cell(model, f"{at} {figure}", 100) for figure in ("diversity_share", "memorised")]
-    return [*told, cell(model, f"{at} fd"), *percent, cell(model, f"{at} source_fd")]
+def _few_shot_table(header: list[str], rows: list[tuple[list[str], dict[str, Any]]]) -> str:
+    """With the distance in pixels where all rows have it: older runs have not."""
+    at = [next(name.split()[0] for name in model["figures"] if name.startswith("s=")) for _, model in rows]  # its one
+    pixels = all(model["figures"].get(f"{s} fd_pixels") for s, (_, model) in zip(at, rows, strict=True))
+    header = [*header, "NFE", "FD", *(["FD-pixels"] if pixels else [])]
+    header += ["diversity, % of real", "copies, %", "FD to the source"]
+    told = []
+    for s, (labels, model) in zip(at, rows, strict=True):
+        distances = [cell(model, f"{s} {figure}") for figure in ("fd", *(["fd_pixels"] if pixels else []))]
+        percent = [cell(model, f"{s} {figure}", 100) for figure in ("diversity_share", "memorised")]
+        nfe = str(model["nfe"]) if model["nfe"] else words.MISSING
+        told.append([*labels, nfe, *distances, *percent, cell(model, f"{s} source_fd")])
+    return words.markdown(header, told)
 
 
-def few_shot_by_number() -> str:
+def few_shot_by_number(files: Mapping[int, str]) -> Callable[[], str]:
     """The same by the number of images."""
-    rows = []
-    for shots, file in ((1, "few-shot-digits-1.json"), (5, "few-shot-digits-5.json"), (10, "few-shot-digits.json")):
-        models = chain_models(file)
-        for name in ("finetune@1-renoise", "unidad"):
-            number, *rest = _few_shot_row(FEW_SHOT[name.replace("@1", "@{}")], models[name])
-            rows.append([str(shots), number, *rest])
-    return words.markdown(["images", "", "NFE", "FD", "diversity, % of real", "copies, %", "FD to the source"], rows)
+
+    def made() -> str:
+        rows = [
+            ([str(shots), FEW_SHOT[name.replace("@1", "@{}")]], models[name])
+            for shots, file in files.items()
+            for models in [chain_models(file)]
+            for name in ("finetune@1-renoise", "unidad")
+        ]
+        return _few_shot_table(["images", ""], rows)
+
+    return made
 
 
 def few_shot_cost() -> str:
@@ -316,7 +327,9 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "few shot": few_shot("few-shot-digits.json", 1),
     "few shot far": few_shot("few-shot-digits-far.json", 1),
-    "few shot by number": few_shot_by_number,
+    "few shot by number": few_shot_by_number(
+        {1: "few-shot-digits-1.json", 5: "few-shot-digits-5.json", 10: "few-shot-digits.json"}
+    ),
     "few shot fashion": few_shot("few-shot-fashion.json", 1),
     "few shot fashion far": few_shot("few-shot-fashion-far.json", 1),
     "few shot cost": few_shot_cost,

@@ -185,6 +185,12 @@ def test_weights_that_were_changed_by_hand_are_not_built_upon(
     assert "has a stage.json that cannot be read" in capsys.readouterr().err
 
 
+def test_the_result_must_be_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = main(["chain", written(tmp_path, {**CHAIN, "result": "best"}), "--out", str(tmp_path / "run"), "--quiet"])
+    assert code == 2
+    assert "result: 'best' is no stage; one of " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("stages", "said"),
     [

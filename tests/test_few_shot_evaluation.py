@@ -22,7 +22,8 @@ from diffstill.evaluation.diversity import NEAR, intra_cluster_diversity, memori
 from diffstill.evaluation.features import ClassifierExtractor, extract
 from diffstill.evaluation.few_shot import pooled, repeated
 from diffstill.evaluation.frechet import FeatureStats, frechet_distance
-from diffstill.evaluation.protocol import REPLICATED, EvalSettings, Evaluator, halves
+from diffstill.evaluation.protocol import REPLICATED, EvalSettings, Evaluator
+from diffstill.evaluation.reference import halves
 from diffstill.evaluation.results import ModelEvaluation
 from diffstill.jobs.finish import Subject, baselines_of, describe_data, draw_pictures, draw_shots
 from diffstill.models.denoiser import Denoiser
@@ -91,6 +92,13 @@ def test_the_floor_is_one_half_of_the_held_out_images_against_the_other(
     assert torch.equal(torch.cat([one, other]).flatten(1).sum(0), DATA.test.images.flatten(1).sum(0))
     assert evaluator.protocol.floor.value == pytest.approx(distance(extractor, one, other), rel=1e-4)
     assert evaluator.protocol.floor_of == "half of the test images against the other half, 100 and 100"
+    ours, theirs = (half.flatten(1).float() / 255 for half in (one, other))
+    in_pixels = frechet_distance(FeatureStats.of(ours), FeatureStats.of(theirs))
+    assert evaluator.protocol.floor_pixels.value == pytest.approx(in_pixels, rel=1e-4)
+    row = evaluator.replicate().sweep[0]
+    whole = [images.flatten(1).float() / 255 for images in (repeated(SHOTS, range(120)), DATA.test.images)]
+    in_pixels = frechet_distance(*map(FeatureStats.of, whole))
+    assert row.fd_pixels.value == pytest.approx(in_pixels, rel=1e-4)
 
 
 def test_data_that_says_nothing_is_not_few_shot(extractor: ClassifierExtractor) -> None:
@@ -261,7 +269,7 @@ def test_the_page_shows_the_few_images(receipt: tuple[Receipt, Path], tmp_path: 
     html = write_report(made, folder, tmp_path / "report.html").read_text(encoding="utf-8")
     check_page(html, 1)
     assert "From a few images" in html
-    for part in ("shots-replicated", "held-out images", "nearest shot", "copies", "source distance"):
+    for part in ("shots-replicated", "held-out images", "nearest shot", "copies", "source distance", "FD-pixels"):
         assert part in html
     assert "half of the real images score" in html
     assert "no checkpoint, step count or default is chosen" in html

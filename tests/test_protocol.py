@@ -119,7 +119,7 @@ def test_every_field_of_an_evaluation_is_filled(evaluator: Evaluator) -> None:
     assert found.sha256 == weights_sha256(student.network)
     assert [(point.guidance, point.nfe) for point in found.sweep] == [("1", 5), ("2", 10), ("tag:1,4,5", 10)]
     for point in found.sweep:
-        for name in ("fd", "fd_test", "kid", "precision", "recall", "class_agreement"):
+        for name in ("fd", "fd_test", "fd_pixels", "kid", "precision", "recall", "class_agreement"):
             estimate = getattr(point, name)
             assert estimate.low <= estimate.value <= estimate.high, name
     assert found.fidelity.overall.pairs == 40
@@ -145,6 +145,9 @@ def test_the_protocol_says_all_that_must_be_equal(evaluator: Evaluator, extracto
     assert protocol.guidance == ["1", "2", "tag:1,4,5"]
     train, test = (FeatureStats.of(extract(extractor, part.images)) for part in (DATA.train, DATA.test))
     assert protocol.floor.value == pytest.approx(frechet_distance(test, train), rel=1e-3)
+    test, train = (FeatureStats.of(part.images.flatten(1) / 255) for part in (DATA.test, DATA.train))
+    assert protocol.floor_pixels.value == pytest.approx(frechet_distance(test, train), rel=1e-3)
+    assert not {"floor", "floor_pixels"} & set(protocol.settings()), "results, not settings"
     assert Protocol.model_validate_json(protocol.model_dump_json()) == protocol
 
 
@@ -156,6 +159,8 @@ def test_the_numbers_are_those_of_the_images(evaluator: Evaluator, extractor: Cl
     for estimate, part in ((point.fd, DATA.train), (point.fd_test, DATA.test)):
         reference = FeatureStats.of(extract(extractor, part.images))
         assert estimate.value == pytest.approx(frechet_distance(FeatureStats.of(features), reference), rel=1e-5)
+    drawn, real = (FeatureStats.of(each.flatten(1) / 255) for each in (images, DATA.train.images))
+    assert point.fd_pixels.value == pytest.approx(frechet_distance(drawn, real), rel=1e-4)
     right = (extractor.read(images)[1].argmax(1) == torch.arange(60) % CLASSES).sum()
     assert point.class_agreement.value == float(right) / 60
 

@@ -23,7 +23,7 @@ from .guidance_fidelity import check_comparable, measure_fidelity
 from .inception_score import inception_score
 from .intervals import mean_interval, pool, proportion
 from .processes import gather_rows, share
-from .reference import Reference, check_reference, read_statistics
+from .reference import Reference, check_reference, floors, read_statistics
 from .results import Cost, Estimate, FewShot, Fidelity, ModelEvaluation, Protocol, ScalePoint
 from .samples import SampleStore
 from .sampling import sample_images
@@ -91,7 +91,7 @@ class Evaluator:
             self.few_shot = FewShotFigures(data.train, data.test, held_out, extractor, distance, known)
         elif len(held_out) >= 2:
             self._test = FeatureStats.of(held_out)
-        floor, floor_of = self._floor(held_out, few)
+        floor, floor_pixels, floor_of = floors(data.test.images, held_out, self._reference, few)
         self.protocol = Protocol(
             extractor=extractor.info,
             reference=self._reference.described(),
@@ -102,20 +102,10 @@ class Evaluator:
             guidance=[str(schedule) for schedule in self.settings.schedules()],
             seeds=list(self.settings.seeds),
             floor=floor,
+            floor_pixels=floor_pixels,
             floor_of=floor_of,
             few_shot=self.few_shot.protocol if self.few_shot else None,
         )
-
-    def _floor(self, held_out: Tensor, few: bool) -> tuple[Estimate | None, str]:
-        """What real images score, and which ones, from the test images' features (N, dim)."""
-        if few and not len(held_out):
-            return None, "none: there are no images of the domain but those trained on"
-        if few:
-            one, other = halves(held_out)
-            told = f"half of the test images against the other half, {len(one)} and {len(other)}"
-            return frechet_estimate(one, FeatureStats.of(other)), told
-        floor = frechet_estimate(held_out, self._reference.stats) if len(held_out) >= 2 else None
-        return floor, str(Protocol.model_fields["floor_of"].default)
 
     def evaluate(
         self,
@@ -314,7 +304,7 @@ class Evaluator:
         """
         own, logits = extract_all(self.extractor, images, self.settings.batch_size)
         features = gather_rows(own)
-        found = self._reference.measure(features)
+        found = self._reference.measure(features, images)
         if self._test is not None:
             found["fd_test"] = frechet_estimate(features, self._test)
         if logits is not None:
@@ -373,12 +363,6 @@ class Evaluator:
             raise InputError("model.num_classes", denoiser.num_classes, mend)
         if steps > denoiser.schedule.T:
             raise InputError("evaluation.steps", steps, f"use 1..{denoiser.schedule.T}")
-
-
-def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (N, ...) in two halves, drawn once and for all: the order of the files may mean something."""
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-    return rows[order[: len(rows) // 2]], rows[order[len(rows) // 2 :]]
 
 
 class _Meter:

@@ -11,8 +11,9 @@ from ..errors import InputError
 from .features import Extractor, check_source_shape, extract
 from .frechet import FeatureStats, frechet_estimate
 from .neighbours import KernelDistance, Manifold, precision_recall
+from .pixels import pixel_distance, pixel_stats
 from .processes import gather_rows, share
-from .results import Estimate
+from .results import Estimate, Protocol
 from .settings import EvalSettings
 
 if TYPE_CHECKING:
@@ -46,11 +47,19 @@ class Reference:
         self._slack = SLACK if alone else 0.0
         self._manifold = Manifold(self._points, self.neighbours, slack=self._slack) if self.neighbours else None
         self._kernel_distance = KernelDistance(self._points) if known > 1 else None
+        self.pixels = pixel_stats(images.images)
+        """Of the pixels themselves; None where they are too many."""
 
-    def measure(self, features: Tensor) -> dict[str, Estimate]:
-        """The figures of all processes' samples by their names in ``ScalePoint``, from their features (N, dim)."""
+    def measure(self, features: Tensor, images: Tensor) -> dict[str, Estimate]:
+        """The figures of all processes' samples by their names in ``ScalePoint``.
+
+        Args:
+            features: (N, dim) of all samples.
+            images: (n, C, H, W) uint8, this process's.
+        """
         if self._manifold is None or self._kernel_distance is None:
             return {"fd": Estimate(value=None)}
+        pixels = pixel_distance(images, self.pixels)
         points = features[: self._settings.neighbour_points]
         fake = Manifold(points, self.neighbours, slack=self._slack)
         near = precision_recall(self._points, points, real_manifold=self._manifold, fake_manifold=fake)
@@ -59,6 +68,7 @@ class Reference:
             "kid": self._kernel_distance.estimate(points),
             "precision": near.precision,
             "recall": near.recall,
+            **({"fd_pixels": pixels} if pixels is not None else {}),
         }
 
     def described(self) -> str:
@@ -70,6 +80,36 @@ class Reference:
         told += ": the very images that were trained on, for there are no others of the domain"
         few = self.neighbours < self._settings.neighbours
         return told + (f"; k = {self.neighbours} in precision and recall" if few and self.neighbours else "")
+
+
+def floors(
+    test: Tensor, features: Tensor, reference: Reference, few: bool
+) -> tuple[Estimate | None, Estimate | None, str]:
+    """What real images score, in features and in pixels, and which ones.
+
+    Args:
+        test: (N, C, H, W) uint8 and ``features`` (N, dim) of all processes' test images; there may be none.
+        few: the test images are the reference itself, so one half of them is measured against the other.
+    """
+    if few and not len(test):
+        return None, None, "none: there are no images of the domain but those trained on"
+    told = str(Protocol.model_fields["floor_of"].default)
+    if few:
+        (one, other), (test, rest) = halves(features), halves(test)
+        told = f"half of the test images against the other half, {len(one)} and {len(other)}"
+        features, stats, pixels = one, FeatureStats.of(other), pixel_stats(rest)
+    else:
+        stats, pixels = reference.stats, reference.pixels
+    if len(test) < 2:
+        return None, None, told
+    mine = share(len(test))
+    return frechet_estimate(features, stats), pixel_distance(test[mine.start : mine.stop], pixels), told
+
+
+def halves(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (N, ...) in two halves, drawn once and for all: the order of the files may mean something."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+    return rows[order[: len(rows) // 2]], rows[order[len(rows) // 2 :]]
 
 
 def read_statistics(images: Tensor, extractor: Extractor, settings: EvalSettings) -> tuple[FeatureStats, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -97,8 +98,13 @@ class Protocol(Result):
     seeds: list[int]
     weights: str = "ema"
     floor: Estimate | None = Field(None, description="the distance between real images, as floor_of says")
+    floor_pixels: Estimate | None = Field(None, description="the same in pixels")
     floor_of: str = "test images against the training images"
     few_shot: FewShotProtocol | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """What must be equal, as JSON: all but the floors, which are results."""
+        return self.model_dump(mode="json", exclude={"floor", "floor_pixels"})
 
 
 class FewShot(Result):
@@ -125,6 +131,10 @@ class ScalePoint(Result):
     nfe: int
     fd: Estimate = Field(description="Frechet distance to the protocol's reference, in the extractor's features")
     fd_test: Estimate | None = Field(None, description="the same against the held-out test split")
+    fd_pixels: Estimate | None = Field(
+        None,
+        description="fd of the pixels themselves, in [0, 1], of small images: noise and blur that features overlook",
+    )
     kid: Estimate | None = None
     precision: Estimate | None = None
     recall: Estimate | None = None

@@ -364,7 +364,7 @@ def _measurement(made: Artefact, data: DataSplits, evaluator: Evaluator, runtime
     return {
         "version": __version__,
         "measures": ModelEvaluation.model_json_schema(),
-        "protocol": evaluator.protocol.model_dump(mode="json", exclude={"floor"}),
+        "protocol": evaluator.protocol.settings(),
         "latency": list(evaluator.settings.cost_batches),
         "pairs": evaluator.settings.pairs,
         "data": data.fingerprint(),

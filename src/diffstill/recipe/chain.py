@@ -75,6 +75,7 @@ class ChainRecipe(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     data: DataSpec
     stages: dict[str, StageSpec] = Field(description="in their order; the first trains from data alone")
+    result: str | None = Field(None, description="the stage that the report speaks of; null: the last")
     baselines: tuple[BaselineSpec, ...] = Field(
         (), description="the first stage's model as it is, in few steps: 8, or {steps: 8, spacing: leading}"
     )
@@ -112,4 +113,6 @@ class ChainRecipe(Section):
             raise ValueError(f"stages: two of {', '.join(known)} have one name")
         if not known:
             raise ValueError("stages: must not be empty")
+        if self.result is not None and self.result not in known:
+            raise ValueError(f"result: {self.result!r} is no stage; one of {', '.join(known)}")
         return self

@@ -47,7 +47,7 @@ def named_runs(receipts: Sequence[tuple[str | Path, Receipt]]) -> list[Run]:
 
 def protocol_differences(protocols: Sequence[Protocol]) -> dict[str, list[str]]:
     """Fields in which the protocols differ, each with its distinct values. The floor is a result, not a setting."""
-    dumped: list[dict[str, Any]] = [p.model_dump(mode="json", exclude={"floor"}) for p in protocols]
+    dumped: list[dict[str, Any]] = [p.settings() for p in protocols]
     for told in dumped:
         told |= {f"few_shot.{field}": value for field, value in (told.pop("few_shot") or {}).items()}
     found = {}

@@ -12,7 +12,7 @@ from ..evaluation.results import Estimate, FewShotProtocol, ModelEvaluation, Sca
 from . import plots, words
 from .frontier import AGAIN
 from .receipt import Receipt
-from .views import Picture, Table, picture, thousandfold
+from .views import PIXELS, Picture, Table, picture, thousandfold
 
 REAL = "held-out images"
 
@@ -104,21 +104,23 @@ def _plots_note(protocol: FewShotProtocol) -> str:
 
 
 def _table(known: Mapping[str, ScalePoint], receipt: Receipt, metric: str, protocol: FewShotProtocol) -> Table:
-    header = ["model", metric, "diversity, of the real", "copies", "nearest shot", "source distance", "NFE"]
+    header = ["model", metric, PIXELS, "diversity, of the real", "copies", "nearest shot", "source distance", "NFE"]
     header += ["one image", "at", "KID \u00d7\u202f1000", "precision", "recall", "diversity", "shots without pairs"]
     measured = {**receipt.models, **receipt.baselines}
     rows = [_row(role, measured[role], point) for role, point in known.items()]
     point = next((found.few_shot for found in known.values()), None)
-    floor = receipt.protocol.floor if receipt.protocol else None
+    floors = (receipt.protocol.floor, receipt.protocol.floor_pixels) if receipt.protocol else (None, None)
     if point is not None and not protocol.alone:
         whole, chance = (words.percent(Estimate(value=value)) for value in (1.0, protocol.near))
-        real = [REAL, words.estimate(floor), whole, chance, words.number(1.0), words.estimate(point.target_source_fd)]
+        real = [REAL, *map(words.estimate, floors), whole, chance, words.number(1.0)]
+        real.append(words.estimate(point.target_source_fd))
         rows.append([*real, "", "", "", "", "", "", words.estimate(point.real_diversity), ""])
     return Table("Few images", header, rows, 1, _table_note(protocol)).without_empty_columns()
 
 
 def _table_note(protocol: FewShotProtocol) -> str:
-    note = "Diversity: mean distance of pairs within the clusters of the nearest shot. "
+    note = f"{PIXELS}: the distance of the pixels themselves, which sees noise and blur that a classifier overlooks. "
+    note += "Diversity: mean distance of pairs within the clusters of the nearest shot. "
     many, few = (f"{100 * share:.0f}\u202f%" for share in (1 - protocol.near, protocol.near))
     if not protocol.alone:
         note += (
@@ -147,6 +149,7 @@ def _row(role: str, model: ModelEvaluation, point: ScalePoint) -> list[str]:
     return [
         role,
         words.estimate(point.fd),
+        words.estimate(point.fd_pixels),
         words.percent(found.diversity_share),
         words.percent(found.memorised),
         words.estimate(found.nearest_ratio),

@@ -186,6 +186,9 @@ class Receipt(Document):
     @property
     def subject(self) -> tuple[str, ModelEvaluation] | None:
         """The (role, model) the run is about: the student, else the last that is not the teacher, else the teacher."""
+        asked = self.recipe.get("result")
+        if self.kind == "chain" and asked in self.models:
+            return asked, self.models[asked]
         if self.kind == "chain":  # its last stage; what has an @ is the first model again, in few steps
             return next((item for item in reversed(self.models.items()) if "@" not in item[0]), None)
         if "student" in self.models:

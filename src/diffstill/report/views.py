@@ -151,6 +151,9 @@ def _cost_tiles(model: ModelEvaluation, teacher: ModelEvaluation | None) -> list
     return made
 
 
+PIXELS = "FD-pixels"
+
+
 def sweep_table(models: Mapping[str, ModelEvaluation], metric: str) -> Table:
     """Every sweep point of every model; the best of each model is starred."""
     header = [
@@ -159,6 +162,7 @@ def sweep_table(models: Mapping[str, ModelEvaluation], metric: str) -> Table:
         "evaluations",
         metric,
         f"{metric} test",
+        PIXELS,
         "KID \u00d7\u202f1000",
         "precision",
         "recall",
@@ -171,14 +175,14 @@ def sweep_table(models: Mapping[str, ModelEvaluation], metric: str) -> Table:
     for role, model in models.items():
         for point in model.sweep:
             name = words.short_guidance(point.guidance) + (" \u2605" if point is model.best else "")
-            cells = [words.estimate(e) for e in (point.fd_test, thousandfold(point.kid), point.precision, point.recall)]
+            told = (point.fd_test, point.fd_pixels, thousandfold(point.kid), point.precision, point.recall)
             rows.append(
                 [
                     role,
                     name,
                     str(point.nfe),
                     words.estimate(point.fd),
-                    *cells,
+                    *map(words.estimate, told),
                     words.percent(point.class_agreement),
                     words.estimate(point.inception_score),
                     words.percent(point.few_shot.diversity_share if point.few_shot else None),
