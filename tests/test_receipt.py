@@ -134,12 +134,12 @@ def test_subject(receipt: Receipt) -> None:
     assert subject(stage2=student, teacher=teacher, stage1=student) == ("stage2", student)
     assert subject(zebra=teacher, student=student) == ("student", student)
     assert subject() is None
-    models = {"first": teacher, "stage": student, "other": student, "first@8": teacher}
+    models = {"first": teacher, "stage": student, "then": student, "first@8": teacher}
     chain = receipt.model_dump() | {"kind": "chain", "models": models}
-    assert Receipt.model_validate(chain).subject == ("other", student), "the last stage"
+    assert Receipt.model_validate(chain).subject == ("then", student), "the last stage"
     asked = Receipt.model_validate(chain | {"recipe": {"result": "stage"}})
     assert asked.subject == ("stage", student)
-    assert Receipt.model_validate(chain | {"recipe": {"result": None}}).subject == ("other", student)
+    assert Receipt.model_validate(chain | {"recipe": {"result": None}}).subject == ("then", student)
 
 
 def test_environment_is_this_one() -> None:
