@@ -237,6 +237,21 @@ def test_the_gans_weight_is_calibrated_to_its_share(tmp_path: Path) -> None:
     assert [r["gan_weight"] for r in records(tmp_path / "plain") if "gan_weight" in r] == pytest.approx([0.02] * 3)
 
 
+def test_the_share_can_be_held_to_the_end(tmp_path: Path) -> None:
+    """Over the last updates, each of which counts 2/3 of the next: the weight follows a discriminator that sharpens."""
+    options: dict[str, Any] = {"gan_share": 0.4, "gan_weight": 0.02, "calibration": 3, "calibrate": "always"}
+    Roles(source(), steps=1, student_every=2, **options).trainer(tmp_path, steps=20).run()
+    found = [record for record in records(tmp_path) if "gan_weight" in record]
+    dmd = gan = 0.0
+    for number, record in enumerate(found):
+        expected = 0.4 * (dmd / gan) ** 0.5 if number > 3 else 0.02
+        assert record["gan_weight"] == pytest.approx(expected, rel=1e-4)
+        if record["dmd_norm"]:
+            dmd = dmd * 2 / 3 + record["dmd_norm"] ** 2
+            gan = gan * 2 / 3 + record["gan_norm"] ** 2
+    assert len({round(record["gan_weight"], 6) for record in found[4:]}) == len(found) - 4, "never the same again"
+
+
 def test_a_calibration_counts_updates_whatever_the_micro_batches(tmp_path: Path) -> None:
     bench = Roles(source(), steps=1, student_every=1, gan_share=0.4, calibration=3)
     trainer = bench.trainer(tmp_path, micro_batch=2)

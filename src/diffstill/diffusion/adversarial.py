@@ -81,3 +81,28 @@ def _slopes(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         (slope,) = torch.autograd.grad(score(leaf).sum(), leaf, create_graph=True)
     # The square root has no slope at zero.
     return slope.flatten(1).square().sum(1).add(1e-16).sqrt()
+
+
+def measured_norms(kept: Tensor, squares: Tensor, span: int, always: bool) -> Tensor:
+    """What is known of two gradients' norms after one more update.
+
+    Args:
+        kept: (3,) sums of the squared norms of the one and of the other, and the number of updates.
+        squares: (2,) squared norms at this update; one whose first is zero does not count.
+        span: the first so many updates count, or with ``always`` all, the last so many the most: a sum fades by
+            ``1 - 1 / span`` an update.
+    """
+    counts = squares[:1].sign()
+    more = torch.cat([squares * counts, counts])
+    if not always:
+        return kept + more * (kept[2] < span)
+    fade = torch.cat([1 - counts / span, 1 - counts / span, torch.ones_like(counts)])
+    return kept * fade + more
+
+
+def balanced_weight(kept: Tensor, weight: float, share: float, span: int) -> Tensor:
+    """The second gradient's weight, a scalar, that makes its norm ``share`` times the first's; ``weight`` before
+    ``span`` updates are known. In the root mean square over what ``measured_norms`` kept."""
+    one, other, count = kept
+    balanced = share * (one / other.clamp(min=1e-30)).sqrt()
+    return torch.where(count < span, torch.full_like(balanced, weight), balanced).float()

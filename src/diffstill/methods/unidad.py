@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from ..diffusion.adversarial import (
     Aggregation,
     GanLoss,
+    balanced_weight,
     discriminator_loss,
     generator_loss,
     gradient_penalty,
     mean_logit,
+    measured_norms,
     r1_penalty,
 )
 from ..diffusion.levels import LevelTable, geometric_ratios, ratios
@@ -70,6 +72,9 @@ class UniDadOptions(Options):
         None, gt=0, description="calibrate: gan_weight such that its gradient at the image is this share of matching's"
     )
     calibration: int = Field(20, ge=1, description="student updates that a calibration measures, at gan_weight")
+    calibrate: Literal["once", "always"] = Field(
+        "once", description="gan_share holds where the calibration ended, or always, over about its last updates"
+    )
     gan_critic_weight: float = Field(0.03, ge=0, description="of the GAN in the critic's loss")
     r1: float = Field(0.0, ge=0, description="gamma of the R1 penalty on real images")
     gradient_penalty: float = Field(10.0, ge=0, description="of wgan")
@@ -151,7 +156,7 @@ class UniDad(PhasedMethod):
         if o.target_teacher != "none":
             self._add_target(setting)
         self.memory = {"norms": torch.zeros(3)}
-        """Sums over calibrating updates: squared norm of the matching's gradient at the image, of the GAN's, count."""
+        """What ``measured_norms`` keeps of the gradients at the image: the matching's, the GAN's."""
         self.memory["pixel"] = torch.zeros(1)
         """Mean absolute pixel of the first images."""
         self._seen: dict[str, list[Tensor]] = {"norms": [], "pixel": []}
@@ -278,10 +283,9 @@ class UniDad(PhasedMethod):
         if phase != "student":
             return
         if self._seen["norms"]:
-            squares = torch.stack(self._seen["norms"]).sum(0)
-            # An update whose matching gradient is zero, as the first one's is, does not count.
-            counts = squares[:1].sign()
-            self.memory["norms"] += torch.cat([squares * counts, counts]) * self._calibrating()
+            o, squares = self.options, torch.stack(self._seen["norms"]).sum(0)
+            # The matching gradient of the first update is zero: all networks are the teacher.
+            self.memory["norms"] = measured_norms(self.memory["norms"], squares, o.calibration, o.calibrate == "always")
         first = torch.stack(self._seen["pixel"]).mean(0)
         self.memory["pixel"] = torch.where(self.memory["pixel"] > 0, self.memory["pixel"], first)
         for seen in self._seen.values():
@@ -341,14 +345,10 @@ class UniDad(PhasedMethod):
 
     def gan_weight(self) -> Tensor:
         """The weight of the GAN's loss, a scalar: the option, or once enough is measured the calibrated one."""
-        o, (dmd, gan, _) = self.options, self.memory["norms"]
-        fixed = torch.full_like(dmd, o.gan_weight)
+        o, norms = self.options, self.memory["norms"]
         if o.gan_share is None:
-            return fixed.float()
-        return torch.where(self._calibrating(), fixed, o.gan_share * (dmd / gan.clamp(min=1e-30)).sqrt()).float()
-
-    def _calibrating(self) -> Tensor:
-        return self.memory["norms"][2] < self.options.calibration
+            return torch.full_like(norms[0], o.gan_weight).float()
+        return balanced_weight(norms, o.gan_weight, o.gan_share, o.calibration)
 
     def matching(self, x: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """``(loss, its gradient in x)`` of the matching towards source and target at a fresh noise level."""
