@@ -332,6 +332,8 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "few shot fashion": few_shot("few-shot-fashion.json", 1),
     "few shot fashion far": few_shot("few-shot-fashion-far.json", 1),
+    "few shot fashion fixed": few_shot("few-shot-fashion-fixed.json", 1),
+    "few shot fashion far fixed": few_shot("few-shot-fashion-far-fixed.json", 1),
     "few shot cost": few_shot_cost,
     "cifar10": cifar10(models_table),
     "cifar10 aims": cifar10(aims_table),
