@@ -133,7 +133,7 @@ class ScalePoint(Result):
     fd_test: Estimate | None = Field(None, description="the same against the held-out test split")
     fd_pixels: Estimate | None = Field(
         None,
-        description="fd of the pixels themselves, in [0, 1], of small images: noise and blur that features overlook",
+        description="fd of the pixels themselves, in [0, 1], of small images: a second opinion beside the features'",
     )
     kid: Estimate | None = None
     precision: Estimate | None = None

@@ -16,7 +16,7 @@ DATA = [
 ]
 METRICS = [
     ("fd", "Frechet distance in an extractor's features (FD-<data>; FID only for the 2015-12-05 Inception)"),
-    ("fd_pixels", "Frechet distance of the pixels themselves, of small images: noise and blur that features overlook"),
+    ("fd_pixels", "Frechet distance of the pixels themselves, of small images: a second opinion beside fd"),
     ("kid", "kernel distance, polynomial kernel of degree 3, unbiased"),
     ("precision, recall", "improved precision and recall, k = 3"),
     ("class_agreement", "share of samples that the data set's classifier gives the label asked for"),

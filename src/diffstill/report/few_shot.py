@@ -119,7 +119,7 @@ def _table(known: Mapping[str, ScalePoint], receipt: Receipt, metric: str, proto
 
 
 def _table_note(protocol: FewShotProtocol) -> str:
-    note = f"{PIXELS}: the distance of the pixels themselves, which sees noise and blur that a classifier overlooks. "
+    note = f"{PIXELS}: the distance of the pixels themselves; where it disagrees with the other, look at the samples. "
     note += "Diversity: mean distance of pairs within the clusters of the nearest shot. "
     many, few = (f"{100 * share:.0f}\u202f%" for share in (1 - protocol.near, protocol.near))
     if not protocol.alone:

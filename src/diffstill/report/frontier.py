@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image, UnidentifiedImageError
 from ..evaluation.results import Estimate, ModelEvaluation
 from . import words
 from .plots import errorbar
-from .svg import INK, MUTED, SERIES, Panel, plain
+from .svg import INK, LINE, MUTED, SERIES, Panel, plain
 from .views import Table
 
 SHOWN = 4
@@ -25,6 +25,10 @@ LOG_BEYOND = 4.0
 """Values that span more than this factor are drawn on a log axis."""
 ROOM = (34.0, 46.0)
 """Points of the drawing (1/72 inch) that a picture needs to itself, sideways and upwards."""
+CROWD = 3
+"""Points above each other whose names stand beside them."""
+LINE_HEIGHT = 13.0
+"""Of names that stand above each other, in the drawing's units."""
 Quality = Callable[[ModelEvaluation], Estimate | None]
 
 
@@ -86,15 +90,55 @@ def _plot(
     else:
         panel.axes.set_ylim(bottom=0, top=1.4 * high)
     panel.axes.margins(x=0.12)
+    places = panel.axes.transData.transform([(flops, value) for _, _, flops, value, _ in found]).tolist()
+    heights = names_beside(places)
+    middle = panel.axes.transAxes.transform((0.5, 0.5))[0]
     taken: list[tuple[float, float]] = []
-    for name, model, flops, value, _ in found:
-        place = panel.axes.transData.transform((flops, value))
-        free = all(abs(place[0] - x) > ROOM[0] or abs(place[1] - y) > ROOM[1] for x, y in taken)
+    for number, (name, model, flops, value, _) in enumerate(found):
+        x, y = places[number]
+        if number in heights:
+            right = x < middle
+            _name_beside(panel, name, (flops, value), (12 if right else -12, heights[number] - y), right)
+            continue
+        free = all(abs(x - other) > ROOM[0] or abs(y - height) > ROOM[1] for other, height in taken)
         pixels = _thumbnail(model, run_dir) if free and AGAIN not in name else None
         if pixels is not None:
-            taken.append((float(place[0]), float(place[1])))
+            taken.append((float(x), float(y)))
         _label(panel, name, (flops, value), pixels)
     return panel.svg()
+
+
+def names_beside(places: Sequence[Sequence[float]]) -> dict[int, float]:
+    """Points of which several lie above each other, so that names and pictures above them would cover one another, and
+    the heights at which their names stand beside them: ``LINE_HEIGHT`` apart, as near to the points as that allows.
+
+    Args:
+        places: (x, y) of the points, in the units of the drawing.
+    """
+    heights: dict[int, float] = {}
+    for x, _ in places:
+        column = sorted(
+            (i for i, (other, _) in enumerate(places) if abs(other - x) <= ROOM[0]), key=lambda i: places[i][1]
+        )
+        if len(column) < CROWD or column[0] in heights:
+            continue
+        # Least squares under a least distance: the means of blocks that would be out of order (isotonic regression).
+        blocks: list[list[float]] = []
+        for place, i in enumerate(column):
+            blocks.append([places[i][1] - LINE_HEIGHT * place])
+            while len(blocks) > 1 and sum(blocks[-2]) * len(blocks[-1]) > sum(blocks[-1]) * len(blocks[-2]):
+                blocks[-2:] = [blocks[-2] + blocks[-1]]
+        level = [sum(block) / len(block) for block in blocks for _ in block]
+        heights |= {i: level[place] + LINE_HEIGHT * place for place, i in enumerate(column)}
+    return heights
+
+
+def _name_beside(panel: Panel, name: str, place: tuple[float, float], shift: tuple[float, float], right: bool) -> None:
+    """The stage's name at the end of a thin line."""
+    line = {"arrowstyle": "-", "color": LINE, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+    text = panel.axes.annotate(plain(name), place, shift, textcoords="offset pixels", va="center", arrowprops=line)
+    text.set(ha="left" if right else "right", fontsize=8.5, color=MUTED if AGAIN in name else INK)
+    text.set_in_layout(False)
 
 
 def _label(panel: Panel, name: str, place: tuple[float, float], pixels: Any) -> None:

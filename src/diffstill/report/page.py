@@ -78,7 +78,7 @@ def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path
         sweep_rows=sweep_rows if _turned(models) else [],
         wide=any(p.width > 2 * p.height for _, row in sweep_rows for p in row if p),
         metric=_metric(receipt),
-        frontier_plots=frontier.frontier_plots(_apart(receipt), _metric(receipt), run_dir, levels)
+        frontier_plots=frontier.frontier_plots(models, _metric(receipt), run_dir, levels)
         if receipt.kind == "chain"
         else [],
         few=few_shot.few_images(receipt, run_dir),
@@ -119,14 +119,6 @@ def _line(receipt: Receipt) -> dict[str, ModelEvaluation]:
     while (name := parents.get(name or "")) is not None and name not in line:
         line.add(name)
     return {name: model for name, model in receipt.models.items() if name in line}
-
-
-def _apart(receipt: Receipt) -> dict[str, ModelEvaluation]:
-    """What is drawn against its cost: all models; of a chain whose stages are rivals of one cost, the result's line."""
-    line, costs = _line(receipt), [m.cost.flops_image for m in receipt.models.values() if m.cost]
-    if len(costs) < 2 * len(set(costs)):
-        return receipt.models
-    return {name: m for name, m in receipt.models.items() if name in line or frontier.AGAIN in name}
 
 
 def _tables(receipt: Receipt) -> list[views.Table]:
