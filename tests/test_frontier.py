@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +18,7 @@ def test_names_of_a_column_never_touch_and_stay_in_order(heights: list[float]) -
     found = names_beside([(100.0, y) for y in heights])
     assert set(found) == set(range(len(heights)))
     order = sorted(range(len(heights)), key=lambda i: heights[i])
-    for low, high in zip(order, order[1:], strict=False):
+    for low, high in itertools.pairwise(order):
         assert found[high] - found[low] >= LINE_HEIGHT - 1e-6
     # No shift of all of them together would bring them nearer: the least squares' first condition.
     assert sum(found[i] - heights[i] for i in found) == pytest.approx(0, abs=1e-6)
