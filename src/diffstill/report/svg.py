@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from html import escape
 from io import StringIO
+from textwrap import fill
 from typing import Any
 
 import matplotlib
@@ -35,6 +36,8 @@ def plain(text: str) -> str:
     return "\u200b" + text if text.startswith("_") else text
 
 
+LETTERS = 10.0
+"""Of a title, to an inch."""
 MANY_NAMES = 7
 """Named lines of one plot, over which their legend would hide them."""
 
@@ -65,7 +68,8 @@ class Panel:
         self.axes: Axes = self.figure.add_subplot()
         axes = self.axes
         axes.patch.set_alpha(0)
-        axes.set_title(plain(title), loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=headroom)
+        lines = plain(fill(title, int(LETTERS * size[0])))
+        axes.set_title(lines, loc="left", fontsize=10.5, fontweight="bold", color=INK, pad=headroom)
         axes.set_xlabel(plain(x), fontsize=9, color=MUTED)
         axes.tick_params(which="both", color=LINE, labelcolor=MUTED, labelsize=9, length=3)
         axes.spines[["top", "right"]].set_visible(False)
