@@ -35,7 +35,7 @@ from ..diffusion.schedule import NoiseSchedule
 from ..errors import InputError
 from ..models.adapters import unwrap
 from ..models.denoiser import Denoiser
-from ..models.features import Heads, encode_features, encoder_blocks, encoder_taps, feature_shapes
+from ..models.features import Heads, Taps, chosen_taps, encode_features, feature_shapes
 from .base import Batch, Losses, Options, Phase, PhasedMethod, RoleOptimizer, Setting, TeacherOutputs, register
 from .distillation import require_teacher
 
@@ -78,7 +78,7 @@ class UniDadOptions(Options):
     gan_critic_weight: float = Field(0.03, ge=0, description="of the GAN in the critic's loss")
     r1: float = Field(0.0, ge=0, description="gamma of the R1 penalty on real images")
     gradient_penalty: float = Field(10.0, ge=0, description="of wgan")
-    taps: Literal["all", "blocks", "last"] | int | tuple[str, ...] = Field(
+    taps: Taps = Field(
         "all",
         description="encoder blocks with a head: all; blocks (each stage after its downsampling, and the middle); "
         "last (the middle); the last k; or names",
@@ -184,7 +184,10 @@ class UniDad(PhasedMethod):
         self.role_optimizers["critic"] = RoleOptimizer(lr_scale=o.critic_lr_scale, ema=False)
         if o.gan == "none":
             return
-        self._taps = self._chosen_taps()
+        self._taps = chosen_taps(self.critic.network, o.taps)
+        if not self._taps:
+            mend = "use a teacher of the unet2d family, or gan: none"
+            raise InputError("method.gan", o.gan, mend, problem="needs an encoder, which this network has not")
         self.roles["heads"] = Heads(feature_shapes(self.critic, self._taps), o.head, o.pool)
         self.role_optimizers["heads"] = RoleOptimizer(lr_scale=o.heads_lr_scale, ema=False)
 
@@ -199,24 +202,6 @@ class UniDad(PhasedMethod):
             return
         self.roles["target_teacher"] = self._target.network
         self.role_optimizers["target_teacher"] = RoleOptimizer(lr_scale=o.target_lr_scale, ema=False)
-
-    def _chosen_taps(self) -> tuple[str, ...]:
-        known, asked = tuple(encoder_taps(self.critic.network)), self.options.taps
-        if not known:
-            mend = "use a teacher of the unet2d family, or gan: none"
-            raise InputError(
-                "method.gan", self.options.gan, mend, problem="needs an encoder, which this network has not"
-            )
-        if asked == "all":
-            return known
-        if asked == "blocks":
-            return tuple(encoder_blocks(self.critic.network))
-        if asked == "last" or isinstance(asked, int):
-            return known[-1:] if asked == "last" else known[-min(asked, len(known)) :]
-        for name in asked:
-            if name not in known:
-                raise InputError("method.taps", name, f"use of {', '.join(known)}")
-        return tuple(name for name in known if name in asked)
 
     def _levels_of(self, schedule: NoiseSchedule) -> tuple[float, float]:
         """Smallest and largest ratio: the options', within what the teacher knows."""

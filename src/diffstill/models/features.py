@@ -10,8 +10,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..errors import InputError
 from .adapters import family_of, unwrap
 from .denoiser import Denoiser
+
+Taps = Literal["all", "blocks", "last"] | int | tuple[str, ...]
+"""Which of a network's encoder taps: all; the coarser blocks; the last; the last so many; or by name."""
 
 
 class _Reached(Exception):
@@ -78,6 +82,25 @@ def encoder_blocks(network: nn.Module) -> dict[str, nn.Module]:
     """The encoder's stages after their downsampling and the middle by name: a coarser choice of taps."""
     inner = unwrap(network)
     return family_of(inner).blocks(inner)
+
+
+def chosen_taps(network: nn.Module, asked: Taps) -> tuple[str, ...]:
+    """The names of the taps that are asked for, in the network's order; none where it has no encoder.
+
+    Raises:
+        InputError: the network has no tap of a name.
+    """
+    known = tuple(encoder_taps(network))
+    if asked == "all":
+        return known
+    if asked == "blocks":
+        return tuple(encoder_blocks(network))
+    if asked == "last" or isinstance(asked, int):
+        return known[-1:] if asked == "last" else known[-asked:]
+    for name in asked:
+        if known and name not in known:
+            raise InputError("method.taps", name, f"use of {', '.join(known)}")
+    return tuple(name for name in known if name in asked)
 
 
 def encode_features(
