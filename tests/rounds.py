@@ -161,9 +161,11 @@ def plain_diffusers(
 ) -> dict[str, np.ndarray]:
     """What a process in which diffstill cannot be imported draws from ``root/folder``, by ``folder/run``: images
     (B, H, W, C), or the message of a ``ValueError``. The noises are those of stream ``seed``."""
+    threads = str(torch.get_num_threads())
     done = subprocess.run(
         [sys.executable, "-c", STRANGER, json.dumps([str(root), folders, labels, seed, runs])],
-        env={**os.environ, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1"},
+        # To the bit only with as many threads: sums are split between them.
+        env={**os.environ, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": threads},
         capture_output=True,
         text=True,
         cwd=root,

@@ -17,6 +17,8 @@ from diffstill.diffusion.adversarial import (
     generator_loss,
     gradient_penalty,
     mean_logit,
+    measured_norms,
+    per_image,
     r1_penalty,
 )
 
@@ -150,6 +152,22 @@ def test_r1_is_taken_at_every_image_by_itself() -> None:
     torch.testing.assert_close(r1_penalty(lambda z: z.square().sum(1), x), (4 * x.square().sum(1)).mean() / 2)
     flat = r1_penalty(lambda z: 0 * z.sum(1), x)
     assert float(flat) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_gradients_norm_an_image_does_not_depend_on_their_number() -> None:
+    slopes = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    wanted = float(slopes.flatten(1).square().sum(1).mean())
+    for count in (6, 3, 2, 1):
+        parts = [float(per_image(part / count)) for part in slopes.split(count)]
+        assert sum(parts) / len(parts) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_an_update_without_one_of_the_gradients_is_not_measured(always: bool) -> None:
+    kept = torch.tensor([2.0, 0.5, 1.0])
+    for none in ([0.0, 1.0], [1.0, 0.0]):
+        assert torch.equal(measured_norms(kept, torch.tensor(none), 4, always), kept)
+    assert measured_norms(kept, torch.tensor([1.0, 1.0]), 4, always)[2] == 2
 
 
 def test_the_gradient_penalty_pulls_the_slope_to_one() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -149,11 +151,12 @@ def test_mirrored_images_are_encoded_not_mirrored_latents(tiny_subject: list[str
     assert not torch.allclose(latents[IMAGES:], own.flip(-1), atol=1e-3)
 
 
-@pytest.mark.parametrize("taps", ["blocks", "all"])
-def test_gradient_checkpointing_changes_no_gradient(tiny_subject: list[str], taps: str) -> None:
+@pytest.mark.parametrize("options", ["taps: blocks", "taps: all", "r1: 0.1", "gan: wgan"])
+def test_gradient_checkpointing_changes_no_gradient(tiny_subject: list[str], options: str) -> None:
     found = []
     for checkpointing in (False, True):
-        made, batch = prepared(tiny_subject, f"method.taps={taps}", LOW_RANK)
+        name, value = options.split(": ")
+        made, batch = prepared(tiny_subject, f"method.{name}={value}", LOW_RANK)
         method = shaken(made)
         if checkpointing:
             for network in method.roles.values():
@@ -234,6 +237,8 @@ def test_roles_may_start_from_other_pipelines(tiny_subject: list[str], tmp_path:
         (["method.target_teacher=frozen"], r"method.target_teacher: 'frozen' has no model; name the finished pipeline"),
         (["teacher.pipeline=/nowhere/at/all"], r"teacher.pipeline: '/nowhere/at/all' does not exist"),
         (["evaluation.steps=2000"], r"evaluation.steps: 2000"),
+        (["evaluation.distance=pixels"], r"evaluation.distance has no text-to-image form"),
+        (["training.teacher_reuse=2"], r"training.teacher_reuse: 2 would only repeat batches"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -244,6 +249,31 @@ def test_what_does_not_fit_is_refused(
     assert len(lines) == 1
     assert re.search(told, lines[0]), lines[0]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("role", "scheduler", "more", "told"),
+    [
+        ("critic", {"prediction_type": "v_prediction"}, [], "predicts v_prediction, and the teacher epsilon"),
+        ("critic", {"beta_end": 0.02}, [], "'a model of another noise schedule' does not fit the teacher"),
+        ("target_teacher", {}, ["method.target_teacher=none", "method.target_weight=0"], "would never be asked"),
+    ],
+)
+def test_roles_of_other_pipelines_must_fit(
+    tiny_subject: list[str],
+    tiny_pipeline: Path,
+    tmp_path: Path,
+    role: str,
+    scheduler: dict[str, Any],
+    more: list[str],
+    told: str,
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_pipeline, other)
+    config = other / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **scheduler}))
+    with pytest.raises(InputError, match=rf"^roles.{role}: .*{told}"):
+        prepared(tiny_subject, f"roles.{role}={other}", *more)
 
 
 def test_prompts_need_a_pipeline(capsys: pytest.CaptureFixture[str]) -> None:

@@ -166,6 +166,13 @@ def test_pickles_and_other_pipelines_are_refused(copied: Path, tmp_path: Path) -
         load_pipeline(str(tmp_path / "nowhere"))
 
 
+def test_a_pipeline_without_its_tokenizer_is_refused(copied: Path) -> None:
+    shutil.rmtree(copied / "tokenizer")
+    with pytest.raises(InputError, match=r"^teacher.pipeline: .*tokenizer' cannot be loaded .*; fetch") as told:
+        load_pipeline(str(copied))
+    assert "\n" not in str(told.value)
+
+
 def test_an_inpainting_unet_is_refused(copied: Path) -> None:
     config = copied / "unet/config.json"
     config.write_text(config.read_text().replace('"in_channels": 4', '"in_channels": 9'))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,17 @@ from worlds import generator
 from diffstill.analytic import GaussianMixtureWorld, MLPStudent, analytic_denoiser
 from diffstill.cli import main
 from diffstill.data.dataset import ImageData
+from diffstill.data.sources import load_data
 from diffstill.diffusion.guidance import Constant
 from diffstill.diffusion.sampling import noise_source
 from diffstill.diffusion.schedule import NoiseSchedule
 from diffstill.engine.log import read_log
+from diffstill.errors import InputError
 from diffstill.evaluation.sampling import draw
+from diffstill.jobs.distill import blank_teacher, prepare_student
 from diffstill.models.denoiser import Denoiser
 from diffstill.models.folder import load_model
+from diffstill.recipe import DistillRecipe, load_recipe
 from diffstill.report.receipt import Receipt
 
 # ------------------------------------------------------------------------------------------------ ten digits (T21)
@@ -98,6 +104,15 @@ def test_ten_digits_make_a_two_step_generator_that_plain_diffusers_draws(teacher
         (["method.taps=[nowhere]"], 2, "method.taps: 'nowhere'"),
         (["method.sigma_end=30"], 2, "method.sigma_end: 30.0 does not lie below sigma_max 10 and within the teacher's"),
         (["method.target_weight=2"], 2, "method: target_weight: 2 is not usable"),
+        (["method.sigma_min=30"], 2, "method.sigma_min and sigma_max: '30 and 10' leave no levels between them"),
+        (["method.guidance=2"], 2, "has no live null branch to learn from"),
+        (
+            ["training.teacher_reuse=2"],
+            2,
+            "training.teacher_reuse: 2 would only repeat batches: unidad keeps no",
+        ),
+        (["training.teacher_precision=bf16"], 2, "training.teacher_precision: 'bf16' is not training.precision"),
+        (["training.compile=true"], 2, "training.compile: True has nothing to compile"),
         (["roles={discriminator: here}"], 2, "roles.discriminator: no role that may start from a model of its own"),
     ],
 )
@@ -116,6 +131,21 @@ def test_what_cannot_be_ends_in_one_line(
     if code == 1:
         assert "try a lower training.lr" in told
         assert not (out / "receipt.json").exists()
+
+
+def test_a_role_must_know_the_teachers_noise_levels(teacher: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    (other / "curriculum.safetensors").unlink()
+    config = other / "scheduler/scheduler_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "beta_schedule": "linear", "trained_betas": None}))
+    made = load_recipe(recipe(teacher, tmp_path), [f"roles.critic={other}", "method.target_teacher=none"])
+    assert isinstance(made, DistillRecipe)
+    data = load_data(made.data)
+    with pytest.raises(InputError, match=r"^roles.critic: 'a model of another noise schedule' does not fit"):
+        prepare_student(made, data, blank_teacher(made, data))
+    student = made.model_copy(update={"roles": {"student": str(other)}})
+    prepare_student(student, data, blank_teacher(student, data))  # it is asked at its own steps alone
 
 
 # ---------------------------------------------------------------------------------------------- eight modes (T20)

@@ -28,7 +28,10 @@ from diffstill.models.denoiser import Denoiser
         ({"gan_share": 0.5, "gan": "none"}, "gan_share balances the gan"),
         ({"target_weight": 1.01}, "less than or equal to 1"),
         ({"target_weight": -0.1}, "greater than or equal to 0"),
-        ({"taps": 0}, "taps 0: give 1 or more"),
+        ({"dmd_weight": 0.0, "gan_weight": 0.0, "target_teacher": "none"}, "nothing would train the student"),
+        ({"guidance": float("inf")}, "guidance\n.*finite number"),
+        ({"sigma_end": float("nan")}, "sigma_end\n.*finite number"),
+        *(({"taps": taps}, "give all, blocks, last, how many of the last") for taps in (0, True, [], ())),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options: dict[str, Any], says: str) -> None:
@@ -43,6 +46,12 @@ def test_what_does_not_fit_the_networks_is_refused_in_one_line() -> None:
         unidad(taps=("middle",))
     with pytest.raises(InputError, match=r"^method\.gan: 'bce' needs an encoder"):
         unidad(factor(1.0))
+    with pytest.raises(InputError, match=r"^method\.sigma_min and sigma_max: '30 and 10' leave no levels between them"):
+        unidad(sigma_min=30.0)
+    with pytest.raises(InputError, match=r"^method\.sigma_end: 12.0 does not lie below sigma_max 10 "):
+        unidad(sigma_end=12.0, steps=2)
+    with pytest.raises(InputError, match=r"^roles\.target_teacher: 'a model' would never be asked"):
+        unidad(initial={"target_teacher": source()}, target_teacher="none")
 
 
 @pytest.mark.parametrize(
@@ -157,6 +166,34 @@ def test_the_clean_estimate_at_high_noise_does_not_feel_bf16s_rounding() -> None
         errors[exact] = float((mine - wanted).square().mean().sqrt())
     assert errors[True] < 1e-3
     assert errors[False] > 0.02
+
+
+@pytest.mark.parametrize("where", ["matching", "chain"])
+def test_the_losses_estimate_in_float32_too(where: str) -> None:
+    """What the method makes of a prediction, at the ratio 80: bf16's rounding, times 80, would be an error of .1."""
+    bench = Roles(source(widths=(16, 32)), steps=1, sigma_max=80.0)
+    method: Any = bench.method()
+    for model in method.denoisers():
+        model.network.eval()
+        model.autocast_dtype = torch.bfloat16
+    batch = bench.batch()
+    alpha, sigma = (v.view(1, 1, 1, 1) for v in signal_and_noise(torch.tensor([80.0], dtype=torch.float64)))
+    model, x_t = method.teacher, torch.randn(batch.x0.shape, generator=torch.Generator().manual_seed(0))
+    if where == "chain":
+        model, x_t = method.student, sigma * batch.normal("chain 0")
+    seen: list[Tensor] = []
+    layer: Any = model.network.conv_out
+    layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        if where == "chain":
+            found = method.unroll(batch)
+        else:
+            t = torch.full((len(x_t),), 930)
+            found = method._x0(model, x_t, t, batch.labels, alpha.float(), sigma.float())
+        eps = nn.functional.conv2d(seen[0].double(), layer.weight.double(), layer.bias.double(), padding=1)
+    wanted = (x_t - sigma * eps) / alpha
+    assert found.dtype == torch.float32
+    assert float((found - wanted).square().mean().sqrt()) < 1e-3
 
 
 def test_exact_output_is_for_autocast_alone_and_leaves_no_hook() -> None:

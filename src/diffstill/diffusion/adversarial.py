@@ -83,16 +83,25 @@ def _slopes(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return slope.flatten(1).square().sum(1).add(1e-16).sqrt()
 
 
+def per_image(slope: Tensor) -> Tensor:
+    """Mean squared norm of each image's gradient, a scalar that does not depend on how many there are.
+
+    Args:
+        slope: (B, ...) gradient of a mean over the B images.
+    """
+    return slope.square().sum() * len(slope)
+
+
 def measured_norms(kept: Tensor, squares: Tensor, span: int, always: bool) -> Tensor:
     """What is known of two gradients' norms after one more update.
 
     Args:
         kept: (3,) sums of the squared norms of the one and of the other, and the number of updates.
-        squares: (2,) squared norms at this update; one whose first is zero does not count.
+        squares: (2,) squared norms at this update, which does not count where one of them is zero.
         span: the first so many updates count, or with ``always`` all, the last so many the most: a sum fades by
             ``1 - 1 / span`` an update.
     """
-    counts = squares[:1].sign()
+    counts = squares.sign().prod()[None]
     more = torch.cat([squares * counts, counts])
     if not always:
         return kept + more * (kept[2] < span)

@@ -67,6 +67,8 @@ class Arm:
         self.counts: dict[str, int] = {}
         """How many updates each of the sums is over."""
         self._added: set[str] = set()
+        self._last: dict[str, Tensor] = {}
+        """Of each logged value, that of its last update."""
 
     def _optimizer(self, phase: Phase) -> torch.optim.AdamW:
         s, groups = self.settings, []
@@ -184,6 +186,7 @@ class Arm:
     def _add(self, name: str, value: Tensor) -> None:
         # Sums stay on the device until the log point: no host sync inside a step.
         self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self._last[name] = self._last[name] + value if name in self._added else value
         self._added.add(name)
 
     def take_means(self) -> dict[str, float]:
@@ -195,6 +198,14 @@ class Arm:
         means = {name: value / self.counts[name] for name, value in zip(names, values, strict=True)}
         self.sums, self.counts = {}, {}
         return means
+
+    def fault(self) -> str | None:
+        """Why the training has diverged, where the last update says so; the means of a log point come later."""
+        names = [name for name, value in self._last.items() if value.ndim == 0]
+        if not names:
+            return None
+        values = self.runtime.mean(torch.stack([self._last[name].float() for name in names])).tolist()
+        return self.method.fault(dict(zip(names, values, strict=True)))
 
     def share_sums(self) -> None:
         """Means over processes in place of each one's own sums: what one process saves is then true for all."""

@@ -287,10 +287,13 @@ class Trainer:
                 self.log.write(images=self.images_seen, arm=arm.name, event="collapse_alarm", message=line)
 
     def save(self) -> None:
-        """A checkpoint of all arms; refused while a loss or weight is not finite, so those on disk are always good."""
+        """A checkpoint of all arms; refused while a loss or weight is not finite, or the method finds a fault, so those
+        on disk are always good."""
         for arm in self.arms:
             if arm.failed is None and not arm.finite():
                 self._diverged(arm)
+            if arm.failed is None and (fault := arm.fault()) is not None:
+                self._diverged(arm, fault)
             arm.share_sums()
         if self.runtime.is_main:
             meta: dict[str, Any] = {

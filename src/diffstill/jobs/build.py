@@ -19,6 +19,7 @@ from ..diffusion.guidance import parse_guidance
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule, spaced_indices
 from ..engine.runtime import Runtime
+from ..engine.settings import TrainSettings
 from ..errors import InputError
 from ..methods import METHODS, Curriculum, Method, Setting
 from ..models.adapters import FAMILIES, family_of, guided_unet2d, unwrap, with_scale_input
@@ -196,9 +197,21 @@ def check_roles(roles: Mapping[str, Denoiser], teacher: Denoiser) -> None:
         InputError: another architecture or prediction.
     """
     for role, model in roles.items():
+        field, mend = f"roles.{role}", "use a model that was made from the teacher"
         if not same_network(model.network, teacher.network) or model.prediction_type != teacher.prediction_type:
-            mend = "use a model that was made from the teacher"
-            raise InputError(f"roles.{role}", "a model of another network", mend, problem="does not fit the teacher")
+            raise InputError(field, "a model of another network", mend, problem="does not fit the teacher")
+        check_levels(role, model.schedule, teacher.whole[0].schedule)
+
+
+def check_levels(role: str, schedule: NoiseSchedule, wanted: NoiseSchedule) -> None:
+    """What a role starts from must know the teacher's noise levels. A student may be a model of few steps.
+
+    Raises:
+        InputError: another schedule.
+    """
+    if role != "student" and not schedule.same_as(wanted):
+        mend = "use a model that was made from the teacher"
+        raise InputError(f"roles.{role}", "a model of another noise schedule", mend, problem="does not fit the teacher")
 
 
 def respaced(teacher: Teacher, spec: RespaceSpec | None) -> Teacher:
@@ -280,6 +293,25 @@ def check_run(recipe: TrainRecipe | DistillRecipe, T: int, runtime: Runtime) -> 
     if recipe.training.batch_size % runtime.world:
         mend = f"use a multiple of the {runtime.world} processes"
         raise InputError("training.batch_size", recipe.training.batch_size, mend)
+
+
+def check_training(settings: TrainSettings, method: Method) -> None:
+    """Settings that a method which calls all networks by itself could not honour are refused, not passed over.
+
+    Raises:
+        InputError: for the first of them.
+    """
+    if not method.own_calls:
+        return
+    if settings.teacher_reuse > 1:
+        problem = f"would only repeat batches: {method.name} keeps no output of a teacher"
+        raise InputError("training.teacher_reuse", settings.teacher_reuse, "use 1", problem=problem)
+    if settings.teacher_precision not in ("auto", settings.precision):
+        problem = f"is not training.precision: {method.name} takes differences of networks, which must round alike"
+        raise InputError("training.teacher_precision", settings.teacher_precision, "use auto", problem=problem)
+    if settings.compile is True:
+        problem = f"has nothing to compile: {method.name} asks parts of its networks"
+        raise InputError("training.compile", True, "use auto", problem=problem)
 
 
 def check_steps(recipe: DistillRecipe, teacher: Denoiser, student: Denoiser) -> None:

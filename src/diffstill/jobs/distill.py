@@ -28,6 +28,7 @@ from .build import (
     check_run,
     check_scales,
     check_steps,
+    check_training,
     open_roles,
     open_teacher,
     probe_data,
@@ -82,7 +83,7 @@ def blank_teacher(recipe: DistillRecipe, data: DataSplits) -> Teacher:
         "teacher.network",
     )
     method = build_method(upstream.method, Setting(denoiser))
-    return respaced(Teacher(denoiser, method.curriculum, None, None), recipe.respace)
+    return respaced(Teacher(denoiser, method.curriculum, None, None, guided=method.guided), recipe.respace)
 
 
 def inputs_of(recipe: DistillRecipe, data: DataSplits, teacher: Teacher) -> dict[str, Any]:
@@ -108,8 +109,9 @@ def prepare_student(
     check_roles(roles, teacher.denoiser)
     setting = Setting(student, teacher.denoiser, teacher.curriculum, roles)
     method = build_method(recipe.method, setting, recipe.seed)
+    check_training(recipe.training, method)
     if method.teacher_needs and method.trains_null and not (teacher.guided or teacher.denoiser.takes_scale):
-        mend = "leave its null branch alone (null_weight: 0), or take another method or teacher"
+        mend = "leave its null branch alone (null_weight: 0; of unidad guidance: 1), or take another method or teacher"
         raise InputError("teacher", teacher.name, mend, problem="has no live null branch to learn from")
     asked = [*recipe.evaluation.guidance, *filter(None, [recipe.evaluation.default_guidance])]
     for model in (method.student, teacher.denoiser):

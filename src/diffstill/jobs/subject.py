@@ -36,7 +36,7 @@ from ..report import receipt as receipts
 from ..report.page import write_report
 from ..report.pictures import grid, pairs_grid, save_png
 from ..report.receipt import Receipt, TrainingSummary, environment
-from .build import build_method, check_run
+from .build import build_method, check_levels, check_run, check_training
 from .finish import GRID_SEED, PAIRS, SHOTS_A_ROW, SHOTS_SHOWN, describe_data
 from .folder import RunFolder
 from .stage import Planned, run_stage, summarise
@@ -124,9 +124,12 @@ def build_roles(recipe: DistillRecipe, parts: TextToImage, tables: dict[str, Ten
     teacher = parts.denoiser(tables["source"]).freeze()
     student = parts.denoiser(tables["target"])
     first = student.with_network(start_of(recipe, PromptedUNet(parts.unet, tables["target"])))
-    initial = dict.fromkeys(("student", "critic", "target_teacher"), first)
+    trained = ["student", "critic"] + ["target_teacher"] * (getattr(told, "target_teacher", "") == "online")
+    initial = dict.fromkeys(trained, first)
     for role, source in recipe.roles.items():
-        initial[role] = parts.denoiser(tables["target"], load_unet(source, parts, f"roles.{role}"))
+        unet, schedule = load_unet(source, parts, f"roles.{role}")
+        check_levels(role, schedule, teacher.schedule)
+        initial[role] = parts.denoiser(tables["target"], unet)
     return teacher, build_method(recipe.method, Setting(student, teacher, None, initial), recipe.seed)
 
 
@@ -150,6 +153,7 @@ def prepare(recipe: DistillRecipe, runtime: Runtime) -> Prepared:
     parts.vae = parts.text_encoder = None
     teacher, method = build_roles(recipe, parts, tables)
     named = {role: weights_sha256(method.roles.get(role, method.frozen.get(role))) for role in recipe.roles}  # type: ignore[arg-type]
+    check_training(recipe.training, method)
     check_run(recipe, teacher.schedule.T, runtime)
     encode = partial(encoded, coder, data, recipe.data.flip, runtime.device)
     return Prepared(parts, data, teacher, method, encode, inputs | ({"roles": named} if named else {}))
@@ -191,9 +195,17 @@ def distill_subject(recipe: DistillRecipe, out: Path, runtime: Runtime, ui: Ui, 
     if runtime.is_main:
         _save(recipe, made, arm, source, folder.model)
         summary = summarise(trainer, arm, recipe.name, "log.jsonl")
-        receipt = _finish(recipe, made, folder, source, summary, runtime, ui, list(trainer.warnings))
+        warnings = [*trainer.warnings, *_doubts(recipe)]
+        receipt = _finish(recipe, made, folder, source, summary, runtime, ui, warnings)
     runtime.barrier()
     return Finished(out, receipt if runtime.is_main else None)
+
+
+def _doubts(recipe: DistillRecipe) -> list[str]:
+    prompts = recipe.prompts
+    if prompts is None or prompts.source != prompts.target:
+        return []
+    return [f"prompts: the source teacher was shown the subject's own prompt ({prompts.target!r}), not its class's"]
 
 
 def _short(source: str) -> str:

@@ -30,7 +30,7 @@ R = TypeVar("R")
 class Options(BaseModel):
     """Base of every method's options: unknown keys are refused, values are not coerced silently."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _no_draws(name: str) -> Tensor:
@@ -217,6 +217,8 @@ class Method(ABC):
     """True where the student's network must take the guidance scale as an input, whatever its teacher's does."""
     keeps_scale: ClassVar[bool] = False
     """True where a student of a teacher that takes the scale learns every scale that its teacher knows."""
+    own_calls: ClassVar[bool] = False
+    """True where the loss calls every network by itself: no teacher output is kept, and all run in one precision."""
     fewer_steps: ClassVar[bool] = False
     """True for methods that make a student of fewer steps: their recipes say which (``respace``)."""
     spacing: ClassVar[Spacing] = "trailing"

@@ -8,13 +8,15 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..diffusion.adversarial import (
     Aggregation,
@@ -25,6 +27,7 @@ from ..diffusion.adversarial import (
     gradient_penalty,
     mean_logit,
     measured_norms,
+    per_image,
     r1_penalty,
 )
 from ..diffusion.levels import LevelTable, geometric_ratios, ratios
@@ -103,9 +106,16 @@ class UniDadOptions(Options):
             raise ValueError("nothing would train the student; give dmd_weight, or a gan")
         if self.gan_share is not None and (self.gan == "none" or self.dmd_weight == 0):
             raise ValueError("gan_share balances the gan against the matching; leave it out without both")
-        if isinstance(self.taps, int) and self.taps < 1:
-            raise ValueError(f"taps {self.taps}: give 1 or more")
+        if self.gan_share is None and self.gan_weight == 0 and self.dmd_weight == 0:
+            raise ValueError("nothing would train the student; give gan_weight, or dmd_weight")
         return self
+
+    @field_validator("taps", mode="before")
+    @classmethod
+    def _some(cls, taps: Any) -> Any:
+        if isinstance(taps, bool) or taps in ([], ()) or (isinstance(taps, int) and taps < 1):
+            raise ValueError("give all, blocks, last, how many of the last (1 or more), or names")
+        return taps
 
     @property
     def a(self) -> float:
@@ -129,6 +139,7 @@ class UniDad(PhasedMethod):
     init = "inherit"
     starts = ("student", "critic", "target_teacher")
     guided = False
+    own_calls = True
     copy_parts: Mapping[str, float] = {"dmd": 0.0}
 
     teacher: Denoiser
@@ -140,6 +151,9 @@ class UniDad(PhasedMethod):
         if source.takes_scale:
             mend = "take the model with two branches that it was distilled from"
             raise InputError("teacher", "a model that takes the guidance scale", mend, problem="does not fit unidad")
+        if o.target_teacher == "none" and "target_teacher" in setting.initial:
+            mend = "use method.target_teacher: online or frozen, or leave the role out"
+            raise InputError("roles.target_teacher", "a model", mend, problem="would never be asked")
         self.trains_null = o.guidance != 1
         self._times = source.time_index
         self._range = self._levels_of(source.schedule)
@@ -210,9 +224,13 @@ class UniDad(PhasedMethod):
         table = ratios(schedule)
         high = min(o.sigma_max or 80.0 * min(1.0, side / 64), float(table[-1]))
         low = max(o.sigma_min, float(table[0]))
-        if not low < high or (o.steps > 1 and not low <= o.sigma_end < high):
-            known = f"{float(table[0]):.3g} to {float(table[-1]):.3g}"
-            problem = f"does not lie below sigma_max {high:g} and within the teacher's {known}"
+        known = f"the teacher's {float(table[0]):.3g} to {float(table[-1]):.3g}"
+        if not low < high:
+            asked = f"{o.sigma_min:g} and {high:g}"
+            mend = f"stay within {known}, e.g. 0.02 and 10"
+            raise InputError("method.sigma_min and sigma_max", asked, mend, problem="leave no levels between them")
+        if o.steps > 1 and not low <= o.sigma_end < high:
+            problem = f"does not lie below sigma_max {high:g} and within {known}"
             raise InputError("method.sigma_end", o.sigma_end, "use 0.5, say", problem=problem)
         return low, high
 
@@ -223,6 +241,13 @@ class UniDad(PhasedMethod):
         return table.to(self.critic.device)
 
     # What the engine asks.
+
+    @contextmanager
+    def in_phase(self, phase: Phase) -> Iterator[None]:
+        # Checkpointed activations are computed again in the backward pass: by the attention of the forward pass.
+        twice = phase.name == "critic" and (self.options.r1 or self.options.gan == "wgan")
+        with super().in_phase(phase), sdpa_kernel(SDPBackend.MATH) if twice else nullcontext():
+            yield
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -268,8 +293,8 @@ class UniDad(PhasedMethod):
         if phase != "student":
             return
         if self._seen["norms"]:
-            o, squares = self.options, torch.stack(self._seen["norms"]).sum(0)
-            # The matching gradient of the first update is zero: all networks are the teacher.
+            o, squares = self.options, torch.stack(self._seen["norms"]).mean(0)
+            # The matching's gradient is zero at the first update: all networks are the teacher.
             self.memory["norms"] = measured_norms(self.memory["norms"], squares, o.calibration, o.calibrate == "always")
         first = torch.stack(self._seen["pixel"]).mean(0)
         self.memory["pixel"] = torch.where(self.memory["pixel"] > 0, self.memory["pixel"], first)
@@ -303,7 +328,10 @@ class UniDad(PhasedMethod):
         )
 
     def student_loss(self, batch: Batch) -> Losses:
-        """Distribution matching plus GAN; both gradients are taken at the image and sent through the chain at once."""
+        """Distribution matching plus GAN; both gradients are taken at the image and sent through the chain at once.
+
+        Of either, ``dmd_norm`` and ``gan_norm`` tell the norm an image, in the root mean square over the images.
+        """
         o, x = self.options, self.unroll(batch)
         held = x.detach()
         batch.memo["student"] = held
@@ -313,7 +341,7 @@ class UniDad(PhasedMethod):
         if o.dmd_weight:
             loss, dmd_slope = self.matching(held, batch)
             value, slope = value + o.dmd_weight * loss, slope + o.dmd_weight * dmd_slope
-            parts |= {"dmd": loss, "dmd_norm": dmd_slope.norm() * len(x)}
+            parts |= {"dmd": loss, "dmd_norm": per_image(dmd_slope).sqrt()}
         if o.gan != "none":
             leaf = held.clone().requires_grad_()
             with torch.enable_grad():
@@ -321,10 +349,10 @@ class UniDad(PhasedMethod):
             (gan_slope,) = torch.autograd.grad(loss, leaf)
             weight = self.gan_weight()
             value, slope = value + weight * loss.detach(), slope + weight * gan_slope
-            parts |= {"gan": loss.detach(), "gan_norm": gan_slope.norm() * len(x), "gan_weight": weight}
+            parts |= {"gan": loss.detach(), "gan_norm": per_image(gan_slope).sqrt(), "gan_weight": weight}
         if dmd_slope is not None and gan_slope is not None and o.gan_share is not None:
-            squares = (o.dmd_weight * dmd_slope).square().sum(), gan_slope.square().sum()
-            self._seen["norms"].append(torch.stack(squares))
+            squares = torch.stack([per_image(o.dmd_weight * dmd_slope), per_image(gan_slope)])
+            self._seen["norms"].append(squares)
         self._seen["pixel"].append(parts["pixel"][None])
         return Losses(tied(x, value, slope), parts)
 

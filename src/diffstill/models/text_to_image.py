@@ -134,28 +134,32 @@ def load_pipeline(source: str, field: str = FIELD) -> TextToImage:
     unet = _load(UNet2DConditionModel, folder / "unet", field)
     vae = _load(AutoencoderKL, folder / "vae", field)
     text_encoder = _load(transformers.CLIPTextModel, folder / "text_encoder", field)
-    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = _load_tokenizer(transformers, folder / "tokenizer", field)
     _check(unet, vae, text_encoder, source, field)
     return TextToImage(folder, unet, vae, text_encoder, tokenizer, schedule, prediction_type)
 
 
-def load_unet(source: str, like: TextToImage, field: str) -> Any:
-    """The U-Net of another pipeline folder or hub id, which must be built as ``like``'s is.
+def load_unet(source: str, like: TextToImage, field: str) -> tuple[Any, NoiseSchedule]:
+    """The U-Net of another pipeline folder or hub id, which must be built and predict as ``like``'s, and its schedule.
 
     Raises:
         InputError: one line about ``field``.
     """
     try:
-        folder = resolve(source, ("model_index.json", "unet/*"), NOT_FETCHED)
+        folder = resolve(source, ("model_index.json", "unet/*", "scheduler/*"), NOT_FETCHED)
+        schedule, prediction_type = load_schedule(folder)
     except InputError as error:
         raise InputError.about(field, str(error).removeprefix(f"{error.field}: ")) from None
     _refuse_pickles(folder / "unet", field)
     unet = _load(UNet2DConditionModel, folder / "unet", field)
     mine, wanted = ({n: p.shape for n, p in net.state_dict().items()} for net in (unet, like.unet))
+    mend = "use a pipeline that was made from the teacher's"
     if mine != wanted:
-        mend = "use a pipeline that was made from the teacher's"
         raise InputError(field, source, mend, problem="has another U-Net than the teacher's")
-    return unet
+    if prediction_type != like.prediction_type:
+        problem = f"predicts {prediction_type}, and the teacher {like.prediction_type}"
+        raise InputError(field, source, mend, problem=problem)
+    return unet, schedule
 
 
 def _transformers(source: str, field: str) -> Any:
@@ -175,6 +179,15 @@ def _refuse_pickles(part: Path, field: str) -> None:
         problem = f"has only pickled weights ({pickled[0]}), which may run code" if pickled else "has no safetensors"
         mend = "convert them: pipeline.save_pretrained(folder, safe_serialization=True)"
         raise InputError(field, str(part), mend, problem=problem)
+
+
+def _load_tokenizer(transformers: Any, part: Path, field: str) -> Any:
+    try:
+        return transformers.CLIPTokenizer.from_pretrained(part, local_files_only=True)
+    except Exception as error:  # whatever missing or damaged files make the library raise
+        text = " ".join(str(error).split())[:160]
+        mend = "fetch or export the pipeline again"
+        raise InputError(field, str(part), mend, problem=f"cannot be loaded ({text})") from error
 
 
 def _load(made: Any, part: Path, field: str) -> Any:

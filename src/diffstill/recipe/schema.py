@@ -294,6 +294,10 @@ class TrainRecipe(Base):
         return self
 
 
+OF_SUBJECTS = ("samples", "steps", "batch_size", "latency_batches")
+"""What of ``evaluation`` a text-to-image run knows: it measures distances between pixels."""
+
+
 class DistillRecipe(Base):
     """A student from a teacher. Schedule, prediction type, classes and image size are the teacher's."""
 
@@ -325,6 +329,9 @@ class DistillRecipe(Base):
             raise ValueError("student: of a text-to-image teacher it is its copy; write student: {family: teacher}")
         if self.respace is not None or self.beside or self.arena.arms:
             raise ValueError("respace, beside and arena have no text-to-image form; leave them out")
+        for name, field in EvaluationSpec.model_fields.items():
+            if name not in OF_SUBJECTS and getattr(self.evaluation, name) != field.get_default():
+                raise ValueError(f"evaluation.{name} has no text-to-image form; leave it out")
         if self.lora is not None and self.roles:
             raise ValueError("roles: with lora all start from the teacher, whose weights they share; leave one out")
         return self
