@@ -4,19 +4,34 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import yaml
 
+from diffstill.checks.bench import tiny_denoiser
 from diffstill.engine.runtime import Runtime
 from diffstill.evaluation.cost import count_flops
-from diffstill.jobs.build import build_denoiser, build_network
+from diffstill.jobs.build import Teacher, build_arm, build_denoiser, build_network
 from diffstill.jobs.distill import teacher_recipe
 from diffstill.jobs.plan import plan
-from diffstill.methods import Setting
+from diffstill.methods import METHODS, Setting
 from diffstill.methods.supervised import Supervised
-from diffstill.recipe import AS_TEACHER, DistillRecipe, TrainRecipe, builtin_recipes, load_recipe, resolved, to_yaml
+from diffstill.models.adapters import FAMILIES, unwrap
+from diffstill.recipe import (
+    AS_TEACHER,
+    ArmSpec,
+    DistillRecipe,
+    MethodSpec,
+    NetworkSpec,
+    TrainRecipe,
+    builtin_recipes,
+    load_recipe,
+    resolved,
+    to_yaml,
+)
+from diffstill.recipe.schema import NETWORKS
 
 NAMES = sorted(builtin_recipes())
 IMAGES = {
@@ -54,7 +69,36 @@ def test_what_a_run_stores_parses_to_the_same_recipe(name: str, tmp_path: Path) 
     recipe = load_recipe(name)
     stored = tmp_path / "recipe.yaml"
     stored.write_text(to_yaml(recipe), encoding="utf-8")
-    assert load_recipe(str(stored)) == recipe
+    assert resolved(load_recipe(str(stored))) == resolved(recipe)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_a_run_stores_tells_every_option_of_its_method(name: str) -> None:
+    """Those left to their defaults, too: a later release may have others."""
+    tree: dict[str, Any] = {"name": name, "steps": 2} if name == "unidad" else {"name": name}
+    stored = MethodSpec.model_validate(tree).model_dump(mode="json")
+    assert stored.keys() == {"name", *METHODS[name].options_class.model_fields}
+    assert MethodSpec.model_validate(stored).build_options() == MethodSpec.model_validate(tree).build_options()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_run_stores_tells_every_option_of_its_network(family: str) -> None:
+    stored = NetworkSpec.model_validate({"family": family, "dropout": 0.25}).model_dump(mode="json")
+    assert stored.keys() == {"family", "init", *NETWORKS[family]}
+    assert stored["dropout"] == 0.25
+    assert NetworkSpec.model_validate({"family": AS_TEACHER}).model_dump() == {"family": AS_TEACHER, "init": None}
+
+
+def test_an_arm_of_another_family_takes_no_options_of_the_recipes() -> None:
+    recipe = load_recipe("digits-dash")
+    assert isinstance(recipe, DistillRecipe)
+    teacher = Teacher(tiny_denoiser((16, 32), 0), None, None, None)
+    options = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8}
+    spec = ArmSpec.model_validate(
+        {"method": {"name": "dash", "curriculum": "none"}, "student": {"family": "dit", **options}}
+    )
+    made = build_arm(recipe, spec, teacher, 0)
+    assert type(unwrap(made.student.network)).__name__ == "DiTTransformer2DModel"
 
 
 OF_OUR_TEACHERS = [n for n in NAMES if isinstance(r := load_recipe(n), DistillRecipe) and r.teacher.pipeline is None]

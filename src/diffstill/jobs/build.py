@@ -150,7 +150,9 @@ def _check_branches(spec: MethodSpec, needs: frozenset[str], teacher: Denoiser) 
 
 def build_arm(recipe: DistillRecipe, spec: ArmSpec, teacher: Teacher, seed: int) -> Method:
     """An arm's method around its student: the recipe's, with what the arm overrides."""
-    tree = {**recipe.student.model_dump(mode="json"), **spec.student}
+    common = recipe.student
+    inherits = spec.student.get("family", common.family) == common.family
+    tree = {**(common.model_dump(mode="json") if inherits else {}), **spec.student}
     try:
         network = NetworkSpec.model_validate(tree)
     except ValidationError as error:

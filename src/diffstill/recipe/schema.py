@@ -5,7 +5,17 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ..data.sources import DataSpec
 from ..diffusion.guidance import parse_guidance
@@ -74,6 +84,15 @@ class NetworkSpec(BaseModel):
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
+    @model_serializer(mode="wrap")
+    def _whole(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """With the family's defaults, so that a resolved recipe tells every option; a copied network has none."""
+        given: dict[str, Any] = dump(self)
+        if self.family == AS_TEACHER:
+            return given
+        defaults = {key: list(v) if isinstance(v, tuple) else v for key, v in NETWORKS[self.family].items()}
+        return {**given, **defaults, **self.options}
+
 
 class MethodSpec(BaseModel):
     """A method by name; all other keys are its options."""
@@ -99,6 +118,11 @@ class MethodSpec(BaseModel):
             return options_class(**(self.model_extra or {}))
         except ValidationError as error:
             raise ValueError(str(one_line(error))) from None
+
+    @model_serializer(mode="plain")
+    def _whole(self, info: SerializationInfo) -> dict[str, Any]:
+        """With the options' defaults: a resolved recipe tells every number, and a changed default makes another run."""
+        return {"name": self.name, **self.build_options().model_dump(mode=info.mode)}
 
 
 class EvaluationSpec(Section):
