@@ -286,6 +286,45 @@ def test_variants_conform_for_every_prediction_type(kind: Any, name: str, option
     assert report.ok, str(report)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dmd_weight": 0.0, "target_teacher": "none"},
+        {"target_weight": 1.0},
+        {"guidance": 2.0},
+        {"gan": "wgan", "r1": 0.1},
+        {"steps": 2, "gradient": "random", "taps": "last", "head": "conv", "student_every": 2},
+        {"gan_share": 0.5, "calibration": 2, "calibrate": "always", "student_every": 1},
+    ],
+)
+def test_settings_of_unidad_conform_wholly(options: dict[str, Any]) -> None:
+    report = check_method("unidad", options)
+    assert report.ok, str(report)
+    assert not report["two processes"].skipped
+
+
+@pytest.mark.slow
+def test_a_role_that_each_process_trains_alone_is_found(tmp_path: Path) -> None:
+    """Its share in the loss is too small to show there."""
+    file = tmp_path / "alone.py"
+    file.write_text(ALONE)
+    with pytest.raises(Broken, match=r"^heads: the weights of one and 2 processes are .* of their way apart"):
+        training.two_processes(Bench(find_method(f"{file}:Alone")))
+
+
+ALONE = """
+from diffstill.methods.unidad import UniDad
+
+class Alone(UniDad):
+    name = "alone"
+
+    def replace_role(self, name, wrapped):
+        if name != "heads":
+            super().replace_role(name, wrapped)
+"""
+
+
 def test_own_networks_are_copied_and_left_alone() -> None:
     teacher, student = tiny_denoiser((16, 16), 4), tiny_denoiser((8, 8), 5)
     before = {name: value.clone() for name, value in student.network.state_dict().items()}

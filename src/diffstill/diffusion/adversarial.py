@@ -77,7 +77,7 @@ def _slopes(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """(B,) norms of the score's gradient in each image, with graph."""
     leaf = x.detach().requires_grad_()
     # Fused attention has no second derivative.
-    with sdpa_kernel(SDPBackend.MATH):
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
         (slope,) = torch.autograd.grad(score(leaf).sum(), leaf, create_graph=True)
     # The square root has no slope at zero.
     return slope.flatten(1).square().sum(1).add(1e-16).sqrt()

@@ -155,6 +155,10 @@ class UniDad(PhasedMethod):
             mend = "use method.target_teacher: online or frozen, or leave the role out"
             raise InputError("roles.target_teacher", "a model", mend, problem="would never be asked")
         self.trains_null = o.guidance != 1
+        if not o.dmd_weight or o.guidance != 1:
+            self.copy_parts = {}
+        if not o.dmd_weight or o.a == 1:
+            self.teacher_needs = frozenset()  # it is what the roles start from, and is not asked
         self._times = source.time_index
         self._range = self._levels_of(source.schedule)
         self.teacher = self._plain(source, source.network)
