@@ -17,7 +17,8 @@ from diffstill.diffusion.prediction import PREDICTION_TYPES, PredictionType, tar
 from diffstill.diffusion.schedule import NoiseSchedule
 from diffstill.errors import InputError
 from diffstill.methods import Setting
-from diffstill.methods.unidad import UniDad, UniDadOptions
+from diffstill.methods.unidad import UniDad
+from diffstill.methods.unidad_options import UniDadOptions
 from diffstill.models.denoiser import Denoiser
 
 LINEAR = NoiseSchedule.create("linear", 1000)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from diffstill.diffusion.levels import signal_and_noise
 from diffstill.errors import InputError
-from diffstill.methods.unidad import UniDadOptions
+from diffstill.methods.unidad_options import UniDadOptions
 from diffstill.models.denoiser import Denoiser
 
 
