@@ -289,7 +289,7 @@ def cifar10(made: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
         file = RESULTS / "cifar10" / "cifar10.json"
         found = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"smoke": True}
         if found["smoke"]:
-            return "No figures yet: no GPU was at hand. The script has run whole in its smoke form on a CPU.\n"
+            return "No figures yet: no GPU was available. The script has run to the end in its smoke form on a CPU.\n"
         return made(found)
 
     return told

@@ -278,10 +278,17 @@ def generated() -> dict[str, str]:
     tables |= {f"family {name}": options_table(family.options) for name, family in FAMILIES.items()}
     tables["family guided_unet2d"] = options_table(guided_unet2d.OPTIONS)  # the rest is unet2d's
     tables["recipes"] = "\n".join(
-        ["| recipe | |", "|---|---|"]
-        + [f"| `{name}` | {load_recipe(name).description} |" for name in builtin_recipes()]
+        ["| recipe | command | |", "|---|---|---|"]
+        + [f"| `{name}` | {commands_of(name)} | {load_recipe(name).description} |" for name in builtin_recipes()]
     )
     return tables
+
+
+def commands_of(name: str) -> str:
+    """The commands that take a recipe."""
+    recipe = load_recipe(name)
+    arms = isinstance(recipe, DistillRecipe) and recipe.arena.arms
+    return f"`{recipe.kind}`" + (", `arena`" if arms else "")
 
 
 MARKED = re.compile(r"<!-- begin: ([\w -]+) -->\n(.*?)<!-- end -->", re.DOTALL)

@@ -17,7 +17,9 @@ class TrainSettings(BaseModel):
 
     images: int = Field(gt=0, description="images to train on, epochs included; a multiple of batch_size")
     batch_size: int = Field(64, gt=0, description="global batch, over all processes")
-    micro_batch: int | None = Field(None, gt=0, description="images a forward pass (gradient accumulation); null: all")
+    micro_batch: int | None = Field(
+        None, gt=0, description="images per forward pass (gradient accumulation); null: all"
+    )
     lr: float = Field(2e-4, gt=0, description="peak learning rate of AdamW")
     lr_min: float = Field(1e-6, ge=0, description="learning rate at the end of the decay")
     warmup_images: int = Field(0, ge=0, description="linear warm-up from 0")
@@ -28,13 +30,15 @@ class TrainSettings(BaseModel):
     ema_decay: float = Field(0.9999, ge=0, lt=1, description="of the weights that are evaluated and saved")
     ema_cap: bool = Field(True, description="cap the decay by (1+n)/(10+n), so short runs forget their start")
     precision: Precision = Field(
-        "auto", description="autocast of trained networks; auto: bf16 where the device has it (on a CPU from 32x32 on)"
+        "auto",
+        description="autocast of trained networks; auto: bf16 where the device has it (on a CPU from 32x32 on); "
+        "fp32 uses TF32 matrix products and convolutions on CUDA; fp16 is not supported",
     )
     teacher_precision: Precision = Field(
         "auto", description="of the frozen teacher's forward; auto: bf16 where the device has it"
     )
     teacher_reuse: int = Field(
-        1, ge=1, description="student updates that each computed teacher output serves (docs/decisions.md: its price)"
+        1, ge=1, description="student updates per computed teacher output (docs/decisions.md: its cost in quality)"
     )
     gradient_checkpointing: bool = Field(
         False, description="compute activations again in the backward pass: less memory, a third more arithmetic"
@@ -46,7 +50,7 @@ class TrainSettings(BaseModel):
     log_every: int = Field(50, gt=0, description="steps between log records")
     checkpoint_every: int | None = Field(None, gt=0, description="images between checkpoints; null: by minutes alone")
     checkpoint_minutes: float = Field(5.0, gt=0, description="minutes between checkpoints; always one at the end")
-    probe_every: int | None = Field(None, gt=0, description="images between guidance probes; null: ten a run")
+    probe_every: int | None = Field(None, gt=0, description="images between guidance probes; null: ten per run")
 
     @model_validator(mode="after")
     def _divisible(self) -> TrainSettings:

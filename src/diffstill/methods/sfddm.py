@@ -34,7 +34,7 @@ class SfddmOptions(Options):
         "reaches in one step where the teacher's own steps lead",
     )
     trajectory_steps: int | None = Field(
-        None, ge=1, description="teacher steps a student step, at most; null: all that lie between"
+        None, ge=1, description="teacher steps per student step, at most; null: all that lie between"
     )
     time_index: Literal["own", "teacher"] = Field(
         "own", description="the time input of the student: its own step, as released, or the teacher's timestep"

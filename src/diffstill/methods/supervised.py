@@ -28,7 +28,9 @@ class SupervisedOptions(Options):
     label_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of samples trained on the null label, where there are classes"
     )
-    dropout_unit: Literal["sample", "batch"] = Field("sample", description="batch: one coin a batch, as released (D3)")
+    dropout_unit: Literal["sample", "batch"] = Field(
+        "sample", description="batch: one coin per batch, as released (D3)"
+    )
     curriculum: CurriculumOptions = CurriculumOptions()
 
 

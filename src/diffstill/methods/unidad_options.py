@@ -55,7 +55,7 @@ class UniDadOptions(Options):
     head: Literal["linear", "conv"] = Field("linear", description="linear: 1x1 convolution; conv: DMD2's")
     pool: Literal["global", "patch"] = Field("global", description="of a head's logits")
     denoising: Literal["epsilon", "edm"] = Field("epsilon", description="loss of critic and target teacher")
-    student_every: int = Field(5, ge=1, description="critic updates a student update")
+    student_every: int = Field(5, ge=1, description="critic updates per student update")
     target_every: int | None = Field(None, ge=1, description="steps between the target teacher's; null: student_every")
     critic_lr_scale: float = Field(1.0, gt=0, description="learning rate of the critic over the student's")
     heads_lr_scale: float = Field(1.0, gt=0, description="of the heads")

@@ -129,7 +129,7 @@ class EvaluationSpec(Section):
     """The protocol of the evaluation after training, and of ``diffstill eval``."""
 
     extractor: str = Field("classifier", description="classifier | inception[:PATH] | torchscript:PATH")
-    samples: int = Field(1000, ge=20, description="generated images a seed and guidance setting")
+    samples: int = Field(1000, ge=20, description="generated images per seed and guidance setting")
     steps: int = Field(50, ge=1, description="DDIM steps")
     teacher_steps: int | None = Field(
         None, ge=1, description="of a teacher whose student has fewer steps (respace); null: 50, or all that it has"
@@ -147,7 +147,7 @@ class EvaluationSpec(Section):
     latency_batches: tuple[int, ...] = Field((1, 64), description="images sampled at once where time is measured")
     default_guidance: str | None = Field(None, description="stored in the pipeline; null: the scale of the best FD")
     source: DataSpec | None = Field(
-        None, description="images of the source domain, of which few-shot adaptation forgets; with data.shots only"
+        None, description="images of the source domain, to measure how much of it is forgotten; with data.shots only"
     )
     distance: str = Field(
         "features", description="between images, for few-shot diversity and copies: features | pixels | lpips:vgg|alex"
@@ -203,7 +203,9 @@ class TeacherSpec(Section):
     )
     overrides: dict[str, Any] = Field({}, description="dotted overrides of the teacher's recipe")
     data: Literal["student", "own"] = Field(
-        "student", description="what a recipe trains it on: the student's data, or its recipe's own (another domain)"
+        "student",
+        description="what a recipe trains it on: the student's data, or the data that its own recipe names "
+        "(another domain)",
     )
 
     @model_validator(mode="after")
@@ -238,9 +240,9 @@ class RespaceSpec(Section):
 
     steps: int | None = Field(None, ge=1, description="how many, evenly spaced")
     spacing: Spacing = Field("leading", description="leading: from 0 on, as released; trailing: up to T-1")
-    timesteps: tuple[int, ...] | None = Field(None, description="which, instead of steps: any increasing sequence")
+    timesteps: tuple[int, ...] | None = Field(None, description="an increasing sequence, instead of steps")
     teacher_steps: int | None = Field(
-        None, ge=1, description="evenly spaced steps that the teacher itself is seen with; null: all it has"
+        None, ge=1, description="evenly spaced steps that the teacher itself is used with; null: all it has"
     )
 
     @model_validator(mode="after")
