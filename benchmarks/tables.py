@@ -272,13 +272,13 @@ def few_shot_cost() -> str:
         return [
             way,
             f"{step['median']:.2f}x [{step['low']:.2f}, {step['high']:.2f}]",
-            words.seconds(found["training_s"]),
+            f"{found['training_s'] / ways['fine-tuning']['training_s']:.1f}x",
             f"{memory['median']:.2f}x [{memory['low']:.2f}, {memory['high']:.2f}]",
             f"{found['peak_mb']:.0f} MB",
         ]
 
     rows = sorted(ways.items(), key=lambda item: item[1]["step_s"])
-    header = ["", "a step, of fine-tuning's", "whole training", "memory, of fine-tuning's", "peak"]
+    header = ["", "a step, of fine-tuning's", "whole training", "memory", "peak"]
     return words.markdown(header, [row(way, found) for way, found in rows])
 
 
