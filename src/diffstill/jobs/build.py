@@ -27,7 +27,7 @@ from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
 from ..models.lineage import Lineage
 from ..models.loading import COMPONENTS
-from ..models.students import inherit
+from ..models.students import in_form_of, inherit
 from ..recipe import AS_TEACHER, ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, RespaceSpec, TrainRecipe
 from ..recipe.problems import one_line
 
@@ -93,6 +93,7 @@ def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed
     else:
         network = build_network(spec, shape, classes, seed, "student")
         if init != "fresh":
+            network = in_form_of(teacher.network, network)
             inherit(teacher.network, network, select="magnitude" if init == "magnitude" else "first")
     student = Denoiser(network, teacher.schedule, classes, shape, teacher.prediction_type)
     if family_of(network).takes_scale(network):
