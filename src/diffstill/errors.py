@@ -21,6 +21,12 @@ class InputError(DiffstillError):
     def __init__(self, field: str, value: object, mend: str, *, problem: str = "is not usable") -> None:
         self.field, self.value, self.mend = field, value, mend
         shown = repr(value) if isinstance(value, str) else str(value)
+        if isinstance(value, bool):
+            shown = shown.lower()  # as YAML and the command line spell it
+        elif value is None and problem == "is not usable":
+            shown = "null"
+        elif value is None and problem.startswith("is missing"):
+            shown = ""
         if len(shown) > 200:
             shown = shown[:197] + "..."
         super().__init__(" ".join(f"{field}: {shown} {problem}; {mend}".split()))

@@ -47,7 +47,7 @@ def guidance_of(text: str | None, model: LoadedModel) -> GuidanceSchedule:
     try:
         made = parse_guidance(text if text is not None else model.default_guidance)
     except ValueError as error:
-        raise InputError("guidance", text, str(error)) from None
+        raise InputError("guidance", text, str(error).rpartition("; ")[2]) from None
     if not model.guided and text is not None and text != "1":
         why = "is unconditional" if model.denoiser.unconditional else "has one scale baked in"
         raise InputError("guidance", text, "leave it out", problem=f"cannot be set: this model {why}")
