@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from tiny import TINY
 
 from diffstill.cli import main
+from diffstill.console import doctor_text
 from diffstill.diffusion.guidance import Constant
 from diffstill.errors import InputError
 from diffstill.evaluation.sampling import sample_images
@@ -163,7 +165,29 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for training in ("digits-teacher", "digits-dash", "conditional-only"):
         assert f"  {training}:" in printed, "everything that is trained is forecast"
     assert "s per 1,000 images" in printed
+    assert "117,769 (5.97x fewer than the teacher's 702,753)" in printed
+    assert "  all together: " in printed
     assert not out.exists()
+
+
+def test_dry_run_compares_students_that_are_no_smaller(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "digits-dash", "student.family=teacher", "--dry-run"]) == 0
+    assert "(as many as the teacher's)" in capsys.readouterr().out
+    wide = ["student.init=fresh", "student.block_out_channels=[64, 128]", "student.layers_per_block=2"]
+    assert main(["distill", "digits-dash", *wide, "--dry-run"]) == 0
+    assert "x more than the teacher's " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["digits-teacher", "digits-dash", "cascade-digits"])
+def test_dry_run_refuses_what_the_evaluation_would_lack(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIFFSTILL_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    command = {"digits-teacher": "train", "digits-dash": "distill"}.get(recipe, "chain")
+    assert main([command, recipe, "evaluation.extractor=inception", "--dry-run"]) == 2
+    assert "extractor: 'inception' has no weights in" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "no classifier is trained for a forecast"
 
 
 @pytest.mark.parametrize("what", ["recipes", "methods", "data", "metrics"])
@@ -172,9 +196,24 @@ def test_lists(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
+def test_recipes_are_listed_by_name_with_their_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "recipes", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == sorted(row["name"] for row in rows)
+    told = {row["name"]: row["command"] for row in rows}
+    assert [told[f"digits-{name}"] for name in ("teacher", "dash", "arena")] == ["train", "distill", "arena"]
+    assert told["cascade-digits"] == "chain"
+    assert main(["list", "recipes"]) == 0
+    assert re.search(r"^digits-dash +distill +\S", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_doctor_is_content(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["ok"] is True
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is True
+    text = doctor_text({**found, "cores": 2, "threads": 1, "free_disk_gib": 66.2})
+    assert ", 2 cores, 1 thread, native bf16: " in text
+    assert "66.2 GiB free on this disk" in text
 
 
 BAD = [

@@ -333,9 +333,9 @@ def _list(arguments: argparse.Namespace) -> int:
     from .jobs.listing import listing
 
     rows = listing(arguments.what)
-    width = max((len(name) for name, _ in rows), default=0)
-    text = "\n".join(f"{name:<{width}}  {line}" for name, line in rows)
-    _print(arguments, [{"name": name, "summary": line} for name, line in rows], text)
+    widths = [max(map(len, column)) for column in zip(*(row.values() for row in rows), strict=True)]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row.values(), widths, strict=True)) for row in rows)
+    _print(arguments, rows, "\n".join(line.rstrip() for line in lines))
     return 0
 
 

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 
+def counted(number: int, word: str) -> str:
+    """``1 class``, ``3 classes``: for messages."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}{'es' if word.endswith('s') else 's'}"
+
+
+def install(extra: str) -> str:
+    """How to install what an extra brings. diffstill is on no index: it is installed from its checkout."""
+    return f"pip install '.[{extra}]' in the checkout of diffstill"
+
+
 class DiffstillError(Exception):
     """Base of every error whose message is meant for the user: one line, printed without a traceback."""
 

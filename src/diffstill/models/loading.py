@@ -20,7 +20,7 @@ from torch import Tensor
 from ..diffusion.prediction import PREDICTION_TYPES, PredictionType
 from ..diffusion.sampling import SamplerName
 from ..diffusion.schedule import NoiseSchedule
-from ..errors import InputError
+from ..errors import InputError, counted
 from ..pipelines.encode import EncodeScheduler
 from ..pipelines.renoise import RenoiseScheduler
 from ..pipelines.stochastic import StochasticJumpScheduler
@@ -231,7 +231,8 @@ def _classes(folder: Path, index: dict[str, Any], network: Any, has_null: bool) 
         and (family_of(network) is UNET2D or "num_classes" in index)
     ):
         if index.get("num_classes", 1) != 1 or index.get("guided", False):
-            raise _bad(folder, f"names {index.get('num_classes')} classes, and its network is unconditional")
+            named = counted(index.get("num_classes", 1), "class")
+            raise _bad(folder, f"names {named}, and its network is unconditional")
         return 1, False
     if rows < 2:
         raise _bad(folder, "is not class-conditional", "give a model with num_class_embeds")

@@ -50,7 +50,7 @@ def builtin_recipes() -> dict[str, str]:
     room = resources.files("diffstill") / "recipes"
     return {
         entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
-        for entry in sorted(room.iterdir(), key=lambda e: e.name)
+        for entry in sorted(room.iterdir(), key=lambda e: e.name.removesuffix(".yaml"))
         if entry.name.endswith(".yaml")
     }
 
