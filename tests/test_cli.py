@@ -22,6 +22,7 @@ from diffstill.evaluation.sampling import sample_images
 from diffstill.jobs.arena import images_for_equal_seconds
 from diffstill.jobs.folder import RunFolder
 from diffstill.models.folder import load_model
+from diffstill.report import words
 from diffstill.report.receipt import Receipt
 
 
@@ -38,6 +39,17 @@ def test_distill_leaves_a_whole_run(tiny_run: Path) -> None:
     assert student.fidelity.overall.pairs == 60
     assert receipt.lineage[-1].parent == receipt.lineage[0].name == "digits-teacher"
     assert [t.steps for t in receipt.training] == [8, 8]
+
+
+def test_the_cards_words_are_the_reports(tiny_run: Path) -> None:
+    student = Receipt.load(tiny_run / "receipt.json").models["student"]
+    card = (tiny_run / "model" / "README.md").read_text(encoding="utf-8")
+    assert student.best is not None
+    assert student.fidelity is not None
+    assert f"| FD-digits | {words.estimate(student.best.fd)} |" in card
+    assert f"| guidance beside the teacher's | {words.guidance_state(student.fidelity)[1]} |" in card
+    assert "Guidance is alive: " not in card
+    assert "pipeline_tag" not in card, "the hub's only tag that is near says unconditional"
 
 
 def test_a_second_run_says_that_all_is_done(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

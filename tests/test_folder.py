@@ -459,7 +459,6 @@ def test_the_card_is_for_people_and_for_the_hub(tmp_path: Path) -> None:
     _, front, body = text.split("---\n", 2)
     assert yaml.safe_load(front) == {
         "library_name": "diffusers",
-        "pipeline_tag": "unconditional-image-generation",
         "tags": ["diffstill", "class-conditional", "distillation"],
     }
     assert "![Samples of this model](grid.png)" in body

@@ -213,7 +213,7 @@ class _Session:
             teacher=self.teacher.lineage, name=f"{recipe.name}-{arm.name}", seed=seed,
         )  # fmt: skip
         guidance = recipe.evaluation.default_guidance
-        refresh_card(folder, evaluation, self.path, guidance, alone=self.evaluator.alone)
+        refresh_card(folder, evaluation, self.path, guidance, self.evaluator.protocol)
 
     def evaluate(
         self, name: str, subject: Subject, teacher: Teacher | None, *, pictures: bool = True
