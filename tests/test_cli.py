@@ -115,7 +115,8 @@ def test_sample_is_the_same_for_any_batch_size(tiny_run: Path, tmp_path: Path) -
 def test_eval_uses_the_models_own_protocol_and_takes_overrides(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["eval", str(tiny_run / "model"), "guidance=[1.5]", "samples=30", "--quiet", "--out", str(tmp_path / "e")]
+    command = ["eval", str(tiny_run / "model"), "guidance=[1.5]", "evaluation.samples=30", "--quiet"]
+    command += ["--out", str(tmp_path / "e")]
     assert main([*command, "--teacher", str(tiny_run / "teacher"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["protocol"]["steps"] == 4
@@ -274,12 +275,29 @@ BAD = [
     (["sample", "nowhere"], "nowhere"),
     (["eval", "nowhere"], "nowhere"),
     (["report", "nowhere"], "nowhere"),
-    (["list", "dreams"], "dreams"),
+    (["list", "dreams"], "what: 'dreams' is not usable; use recipes, methods, data, metrics"),
     (["check", "alchemy"], "alchemy"),
     (["frobnicate"], "frobnicate"),
     (["distill", "digits-dash", "student.norm_num_groups=true"], "student.norm_num_groups: true is not usable"),
     (["train", "digits-teacher", "network.block_out_channels=[16, true]"], "block_out_channels"),
-    ([], "command: is missing; use one of demo, train, distill"),
+    (["--verbose"], "command: is missing; use one of demo, train, distill"),
+    (["train"], "diffstill: recipe: is missing; give a name from `diffstill list recipes`, or a YAML path; see"),
+    (
+        ["train", "digits-teacher", "--seed", "1"],
+        "'--seed' is no option of this command; settings of a recipe are written",
+    ),
+    (["train", "digits-teacher", "--seed", "1"], "written without dashes: seed=1\n"),
+    (["train", "digits-teacher", "--lr=3"], "written without dashes: training.lr=3\n"),
+    (["train", "digits-teacher", "--frsh"], "is no option of this command; did you mean --fresh?"),
+    (
+        ["train", "digits-teacher", "--device", "gpu"],
+        "diffstill: device: 'gpu' is not usable; use auto, cpu, cuda or mps\n",
+    ),
+    (["train", "digits-teacher", "--device", "mps"], "device: 'mps' is not to be had here; use auto or "),
+    (["sample", "nowhere", "more"], "command line: 'more' is a word too many; see diffstill sample --help"),
+    (["sample", "nowhere", "--steps", "few"], "diffstill: steps: 'few' is not usable; give a whole number\n"),
+    (["sample", "nowhere", "--clip", "off"], "diffstill: clip: 'off' is not usable; use recompute, paper, none\n"),
+    (["arena", "digits-dash"], "recipe: 'digits-dash' has no arena.arms; name methods with --methods, e.g. dash,"),
     (["distil", "digits-dash"], "command: 'distil' is unknown (did you mean distill?); use one of demo, train"),
     (["train", "digits-teacher", "--device", "abacus"], "abacus"),
 ]
@@ -298,12 +316,33 @@ def test_bad_input_ends_in_one_line_and_code_2(
     assert not list(tmp_path.iterdir()), "bad input must write nothing"
 
 
+def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr()
+    assert "example: diffstill demo" in shown.out
+    assert not shown.err
+
+
+def test_help_tells_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, told in (
+        ("arena", ("(default runs/arena-NAME)", "(default: the recipe's)")),
+        ("sample", ("(default: auto)", "of the noise (default 0)", "changes no picture (default 256)")),
+        ("consistency", ("compare student and teacher from the same noise", "(default recompute)")),
+    ):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert all(text in shown for text in told), shown
+
+
 def test_sample_refuses_what_the_model_cannot_do(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(tiny_run / "model")
     for arguments, named in (
         (["--labels", "11"], "labels"),
         (["--labels", "cat"], "labels"),
-        (["--guidance", "loud"], "guidance"),
+        (["--guidance", "loud"], "guidance: 'loud' is not usable; use a number such as 2, tag, tag:1,4,5 or interval"),
+        (["--guidance=-1"], "guidance: '-1' is not usable; use 0 or more\n"),
+        (["--guidance", "tag:4"], "guidance: 'tag:4' is not usable; use a number such as 2, tag"),
         (["--steps", "0"], "steps"),
         (["--steps", "2000"], "steps"),
         (["--seed", "-1"], "seed"),

@@ -211,9 +211,10 @@ def _data_spec(recipe: AnyRecipe | None, data: str | None, overrides: Sequence[s
 
 
 def of_data(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides that begin with ``data.``, without it, and the others, which are the protocol's."""
+    """Overrides that begin with ``data.``, without it, and the others, which are the protocol's: with or without the
+    section's name that they have in a recipe."""
     mine = [item.removeprefix("data.") for item in overrides if item.startswith("data.")]
-    return mine, [item for item in overrides if not item.startswith("data.")]
+    return mine, [item.removeprefix("evaluation.") for item in overrides if not item.startswith("data.")]
 
 
 def protocol_of(source: str, overrides: Sequence[str]) -> EvaluationSpec | None:
