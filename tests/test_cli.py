@@ -130,9 +130,11 @@ def test_eval_uses_the_models_own_protocol_and_takes_overrides(
     assert "whose receipt would be lost" in capsys.readouterr().err
 
 
-def test_report_again_and_comparison(tiny_run: Path, tmp_path: Path) -> None:
+def test_report_again_and_comparison(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tiny_run), "--out", str(tmp_path / "one.html")]) == 0
     assert main(["report", str(tiny_run), str(tiny_run), "--out", str(tmp_path / "two.html")]) == 0
+    assert main(["report", str(tiny_run), "--out", str(tmp_path)]) == 2
+    assert f"is a folder; name the page: {tmp_path / 'report.html'}\n" in capsys.readouterr().err
     assert "<svg" in (tmp_path / "one.html").read_text()
     assert (tmp_path / "two.html").read_text().startswith("<!doctype html>")
 
@@ -246,6 +248,10 @@ BAD = [
     (["distill", "digits-dash", "student.block_out_channels=16"], "channels: 16 is not usable; give a list, e.g. [16,"),
     (["distill", "digits-dash", "method.lambda_un=x"], "method.lambda_un: 'x' is not usable; give a number\n"),
     (["distill", "digits-unidad", "method.taps=attic"], "method.taps: 'attic' is not usable; use all, blocks or last"),
+    (
+        ["distill", "digits-dash", "method.name=mine.py:Mine"],
+        "one of your own is known where its file is run (docs/own-",
+    ),
     (["distill", "digits-dash", "schedule.name=linear"], "schedule: is no known key; remove it; known here: name,"),
     (["chain", "cascade-digits", "stages.smal.overrides.seed=1"], "stages.smal: no such stage (did you mean small?)"),
     (["chain", "cascade-digits", "stages.small.recipe=x"], "diffstill: stages.small.recipe: 'x' is not known; see"),

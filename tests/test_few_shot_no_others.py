@@ -352,6 +352,6 @@ def test_fewer_pictures_than_the_recipe_asks_for_end_in_one_line(
     source = f"data.source=folder:{pictures_in(tmp_path / 'few', 5)}"
     assert main(["distill", "digits-unidad", source, teacher, *TINY, "--quiet", "--out", str(tmp_path / "run")]) == 2
     told = capsys.readouterr().err.strip()
-    assert told.endswith("there are 5; set data.shots=5, or fewer")
+    assert told.endswith("there are 5; set data.shots=5, or fewer, or leave data.shots out")
     assert "\n" not in told
     assert not (tmp_path / "run").exists()

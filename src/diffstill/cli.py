@@ -41,7 +41,7 @@ class _Parser(argparse.ArgumentParser):
         if missing:
             first = missing.split(", ")[0]
             told = ", ".join(self.choices(first)) or (action.help if (action := self.action(first)) else "")
-            raise InputError(first.lstrip("-"), None, f"give {told}; {see}", problem="is missing")
+            raise InputError(first, None, f"give {told}; {see}", problem="is missing")
         raise InputError("command line", message, see, problem="was not understood")
 
     def action(self, name: str) -> argparse.Action | None:
@@ -340,7 +340,7 @@ def _picture(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from .jobs.evaluate import evaluate, of_data, protocol_of
-    from .jobs.images import evaluate_images, holds_images, protocol_of_images
+    from .jobs.images import evaluate_images, holds_images, protocol_of_images, refuse_pictures
 
     runtime, ui = _session(arguments, "auto")
     named = Path(arguments.model.partition(":")[2] or arguments.model)
@@ -356,6 +356,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             protocol = protocol_of_images(overrides)
             finished = evaluate_images(arguments.model, out, runtime, ui, spec=protocol, **asked)
         else:
+            refuse_pictures(arguments.model)
             told = protocol_of(arguments.model, overrides)
             finished = evaluate(arguments.model, out, runtime, ui, teacher=arguments.teacher, spec=told, **asked)
     finally:

@@ -108,6 +108,8 @@ def _why(error: Exception) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
+UNREACHED = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectTimeout")
+"""What the hub's client raises without a network, or where HF_HUB_OFFLINE is set."""
 PATTERNS = ("*.json", "*.safetensors", "*.py", "README.md", "grid.png")
 
 
@@ -132,7 +134,9 @@ def resolve(source: str, patterns: Sequence[str] = PATTERNS, ignore: Sequence[st
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns), ignore_patterns=list(ignore)))
     except Exception as error:  # the hub's client raises many kinds; each means the same to the user
-        problem = f"is no folder here, and the hub did not deliver it ({type(error).__name__})"
+        name = type(error).__name__
+        did = "could not be reached" if name in UNREACHED else f"did not deliver it ({name})"
+        problem = f"is no folder here, and the hub {did}"
         raise _bad(path, problem, "check the spelling and the network, or download the folder first") from error
 
 

@@ -92,7 +92,9 @@ class MethodSpec(BaseModel):
     @model_validator(mode="after")
     def _known(self) -> MethodSpec:
         if self.name not in METHODS:
-            raise ValueError(f"unknown method {self.name!r}{nearest(self.name, METHODS)}; one of {', '.join(METHODS)}")
+            near = nearest(self.name, METHODS)
+            own = "" if near else "; one of your own is known where its file is run (docs/own-method.md)"
+            raise ValueError(f"unknown method {self.name!r}{near}; one of {', '.join(METHODS)}{own}")
         self.build_options()
         return self
 
