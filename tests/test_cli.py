@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,12 +15,14 @@ from PIL import Image
 from tiny import TINY
 
 from diffstill.cli import main
+from diffstill.console import doctor_text
 from diffstill.diffusion.guidance import Constant
 from diffstill.errors import InputError
 from diffstill.evaluation.sampling import sample_images
 from diffstill.jobs.arena import images_for_equal_seconds
 from diffstill.jobs.folder import RunFolder
 from diffstill.models.folder import load_model
+from diffstill.report import words
 from diffstill.report.receipt import Receipt
 
 
@@ -36,6 +39,17 @@ def test_distill_leaves_a_whole_run(tiny_run: Path) -> None:
     assert student.fidelity.overall.pairs == 60
     assert receipt.lineage[-1].parent == receipt.lineage[0].name == "digits-teacher"
     assert [t.steps for t in receipt.training] == [8, 8]
+
+
+def test_the_cards_words_are_the_reports(tiny_run: Path) -> None:
+    student = Receipt.load(tiny_run / "receipt.json").models["student"]
+    card = (tiny_run / "model" / "README.md").read_text(encoding="utf-8")
+    assert student.best is not None
+    assert student.fidelity is not None
+    assert f"| FD-digits | {words.estimate(student.best.fd)} |" in card
+    assert f"| guidance beside the teacher's | {words.guidance_state(student.fidelity)[1]} |" in card
+    assert "Guidance is alive: " not in card
+    assert "pipeline_tag" not in card, "the hub's only tag that is near says unconditional"
 
 
 def test_a_second_run_says_that_all_is_done(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,7 +115,8 @@ def test_sample_is_the_same_for_any_batch_size(tiny_run: Path, tmp_path: Path) -
 def test_eval_uses_the_models_own_protocol_and_takes_overrides(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["eval", str(tiny_run / "model"), "guidance=[1.5]", "samples=30", "--quiet", "--out", str(tmp_path / "e")]
+    command = ["eval", str(tiny_run / "model"), "guidance=[1.5]", "evaluation.samples=30", "--quiet"]
+    command += ["--out", str(tmp_path / "e")]
     assert main([*command, "--teacher", str(tiny_run / "teacher"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["protocol"]["steps"] == 4
@@ -115,9 +130,11 @@ def test_eval_uses_the_models_own_protocol_and_takes_overrides(
     assert "whose receipt would be lost" in capsys.readouterr().err
 
 
-def test_report_again_and_comparison(tiny_run: Path, tmp_path: Path) -> None:
+def test_report_again_and_comparison(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tiny_run), "--out", str(tmp_path / "one.html")]) == 0
     assert main(["report", str(tiny_run), str(tiny_run), "--out", str(tmp_path / "two.html")]) == 0
+    assert main(["report", str(tiny_run), "--out", str(tmp_path)]) == 2
+    assert f"is a folder; name the page: {tmp_path / 'report.html'}\n" in capsys.readouterr().err
     assert "<svg" in (tmp_path / "one.html").read_text()
     assert (tmp_path / "two.html").read_text().startswith("<!doctype html>")
 
@@ -163,7 +180,29 @@ def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for training in ("digits-teacher", "digits-dash", "conditional-only"):
         assert f"  {training}:" in printed, "everything that is trained is forecast"
     assert "s per 1,000 images" in printed
+    assert "117,769 (5.97x fewer than the teacher's 702,753)" in printed
+    assert "  all together: " in printed
     assert not out.exists()
+
+
+def test_dry_run_compares_students_that_are_no_smaller(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "digits-dash", "student.family=teacher", "--dry-run"]) == 0
+    assert "(as many as the teacher's)" in capsys.readouterr().out
+    wide = ["student.init=fresh", "student.block_out_channels=[64, 128]", "student.layers_per_block=2"]
+    assert main(["distill", "digits-dash", *wide, "--dry-run"]) == 0
+    assert "x more than the teacher's " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("recipe", ["digits-teacher", "digits-dash", "cascade-digits"])
+def test_dry_run_refuses_what_the_evaluation_would_lack(
+    recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIFFSTILL_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    command = {"digits-teacher": "train", "digits-dash": "distill"}.get(recipe, "chain")
+    assert main([command, recipe, "evaluation.extractor=inception", "--dry-run"]) == 2
+    assert "extractor: 'inception' has no weights in" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir()), "no classifier is trained for a forecast"
 
 
 @pytest.mark.parametrize("what", ["recipes", "methods", "data", "metrics"])
@@ -172,17 +211,54 @@ def test_lists(what: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
+def test_recipes_are_listed_by_name_with_their_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "recipes", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == sorted(row["name"] for row in rows)
+    told = {row["name"]: row["command"] for row in rows}
+    assert [told[f"digits-{name}"] for name in ("teacher", "dash", "arena")] == ["train", "distill", "arena"]
+    assert told["cascade-digits"] == "chain"
+    assert main(["list", "recipes"]) == 0
+    assert re.search(r"^digits-dash +distill +\S", capsys.readouterr().out, re.MULTILINE)
+
+
 def test_doctor_is_content(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["ok"] is True
+    found = json.loads(capsys.readouterr().out)
+    assert found["ok"] is True
+    text = doctor_text({**found, "cores": 2, "threads": 1, "free_disk_gib": 66.2})
+    assert ", 2 cores, 1 thread, native bf16: " in text
+    assert "66.2 GiB free on this disk" in text
 
 
 BAD = [
-    (["distill", "digits-dahs"], "did you mean digits-dash"),
+    (["distill", "digits-dahs"], "'digits-dahs' is not known (did you mean digits-dash or digits-dash-v?); see"),
+    (["train", "digits-teacher", "training.lr=fast"], "training.lr: 'fast' is not usable; give a number\n"),
+    (["train", "digits-teacher", "training.images=2.5"], "training.images: 2.5 is not usable; give a whole number\n"),
+    (["train", "digits-teacher", "training.lr=-1"], "training.lr: -1 is not usable; use a number above 0\n"),
+    (["train", "digits-teacher", "training.compile=maybe"], "'maybe' is not usable; use auto, true or false\n"),
+    (["train", "digits-teacher", "training.ema_cap=maybe"], "'maybe' is not usable; use true or false\n"),
+    (["train", "digits-teacher", "training.learning_rate=1"], "rename it to lr, or remove it"),
+    (["train", "digits-teacher", "training.epochs=9"], "rename it to images (training is counted in images)"),
+    (["train", "digits-teacher", "training.micro_batch=7"], "no multiple of micro_batch 7; use 8\n"),
+    (["train", "digits-teacher", "schedule=cosine"], "'cosine' is not usable; give a section of its own, key: value"),
+    (["train", "digits-teacher", "evaluation.seeds=[x]"], "evaluation.seeds.0: 'x' is not usable; give a whole number"),
+    (["train", "digits-teacher", "evaluation.guidance=-1"], "evaluation.guidance: -1 is not usable; use 0 or more"),
+    (["train", "digits-teacher", "evaluation.guidance=tag:4"], "'tag:4' is not usable; use a number such as 2, tag,"),
+    (["distill", "digits-dash", "student.block_out_channels=16"], "channels: 16 is not usable; give a list, e.g. [16,"),
+    (["distill", "digits-dash", "method.lambda_un=x"], "method.lambda_un: 'x' is not usable; give a number\n"),
+    (["distill", "digits-unidad", "method.taps=attic"], "method.taps: 'attic' is not usable; use all, blocks or last"),
+    (
+        ["distill", "digits-dash", "method.name=mine.py:Mine"],
+        "one of your own is known where its file is run (docs/own-",
+    ),
+    (["distill", "digits-dash", "schedule.name=linear"], "schedule: is no known key; remove it; known here: name,"),
+    (["chain", "cascade-digits", "stages.smal.overrides.seed=1"], "stages.smal: no such stage (did you mean small?)"),
+    (["chain", "cascade-digits", "stages.small.recipe=x"], "diffstill: stages.small.recipe: 'x' is not known; see"),
+    (["chain", "cascade-digits", "stages.small.overrides.training.lrr=1"], "stages.small.overrides.training.lrr: 1 is"),
     (["distill", "digits-teacher"], "diffstill train digits-teacher"),
     (["train", "digits-teacher", "training.lrr=1"], "rename it to lr, or remove it"),
     (["train", "digits-teacher", "training.images=65"], "no multiple of batch_size"),
-    (["train", "digits-teacher", "training.lr=fast"], "training.lr"),
     (["train", "digits-teacher", "method.label_drop=0.2"], "did you mean label_dropout"),
     (["train", "digits-teacher", "network.block_out_channels=[30, 60]"], "norm_num_groups"),
     (["train", "digits-teacher", "network.block_out_channels=[8, 16]"], "blind to label and timestep"),
@@ -205,12 +281,29 @@ BAD = [
     (["sample", "nowhere"], "nowhere"),
     (["eval", "nowhere"], "nowhere"),
     (["report", "nowhere"], "nowhere"),
-    (["list", "dreams"], "dreams"),
+    (["list", "dreams"], "what: 'dreams' is not usable; use recipes, methods, data, metrics"),
     (["check", "alchemy"], "alchemy"),
     (["frobnicate"], "frobnicate"),
-    (["distill", "digits-dash", "student.norm_num_groups=true"], "norm_num_groups: True is not usable"),
+    (["distill", "digits-dash", "student.norm_num_groups=true"], "student.norm_num_groups: true is not usable"),
     (["train", "digits-teacher", "network.block_out_channels=[16, true]"], "block_out_channels"),
-    ([], "command: None is missing; use one of demo, train, distill"),
+    (["--verbose"], "command: is missing; use one of demo, train, distill"),
+    (["train"], "diffstill: recipe: is missing; give a name from `diffstill list recipes`, or a YAML path; see"),
+    (
+        ["train", "digits-teacher", "--seed", "1"],
+        "'--seed' is no option of this command; settings of a recipe are written",
+    ),
+    (["train", "digits-teacher", "--seed", "1"], "written without dashes: seed=1\n"),
+    (["train", "digits-teacher", "--lr=3"], "written without dashes: training.lr=3\n"),
+    (["train", "digits-teacher", "--frsh"], "is no option of this command; did you mean --fresh?"),
+    (
+        ["train", "digits-teacher", "--device", "gpu"],
+        "diffstill: device: 'gpu' is not usable; use auto, cpu, cuda or mps\n",
+    ),
+    (["train", "digits-teacher", "--device", "mps"], "device: 'mps' is not to be had here; use auto or "),
+    (["sample", "nowhere", "more"], "command line: 'more' is a word too many; see diffstill sample --help"),
+    (["sample", "nowhere", "--steps", "few"], "diffstill: steps: 'few' is not usable; give a whole number\n"),
+    (["sample", "nowhere", "--clip", "off"], "diffstill: clip: 'off' is not usable; use recompute, paper, none\n"),
+    (["arena", "digits-dash"], "recipe: 'digits-dash' has no arena.arms; name methods with --methods, e.g. dash,"),
     (["distil", "digits-dash"], "command: 'distil' is unknown (did you mean distill?); use one of demo, train"),
     (["train", "digits-teacher", "--device", "abacus"], "abacus"),
 ]
@@ -229,12 +322,33 @@ def test_bad_input_ends_in_one_line_and_code_2(
     assert not list(tmp_path.iterdir()), "bad input must write nothing"
 
 
+def test_no_command_at_all_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    shown = capsys.readouterr()
+    assert "example: diffstill demo" in shown.out
+    assert not shown.err
+
+
+def test_help_tells_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    for command, told in (
+        ("arena", ("(default runs/arena-NAME)", "(default: the recipe's)")),
+        ("sample", ("(default: auto)", "of the noise (default 0)", "changes no picture (default 256)")),
+        ("consistency", ("compare student and teacher from the same noise", "(default recompute)")),
+    ):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        shown = " ".join(capsys.readouterr().out.split())
+        assert all(text in shown for text in told), shown
+
+
 def test_sample_refuses_what_the_model_cannot_do(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(tiny_run / "model")
     for arguments, named in (
         (["--labels", "11"], "labels"),
         (["--labels", "cat"], "labels"),
-        (["--guidance", "loud"], "guidance"),
+        (["--guidance", "loud"], "guidance: 'loud' is not usable; use a number such as 2, tag, tag:1,4,5 or interval"),
+        (["--guidance=-1"], "guidance: '-1' is not usable; use 0 or more\n"),
+        (["--guidance", "tag:4"], "guidance: 'tag:4' is not usable; use a number such as 2, tag"),
         (["--steps", "0"], "steps"),
         (["--steps", "2000"], "steps"),
         (["--seed", "-1"], "seed"),

@@ -280,7 +280,7 @@ def test_transfer_by_an_encoder(
     assert np.abs(shown[2:] - to_uint8(torch.stack([back, moved]))[:, :, 0].numpy()).max() <= 1
     assert run([*command, "--to-model", teacher], capsys)["steps"] == 50
     for extra, named in (
-        ([], "to-model: None is missing: the model is an encoder"),
+        ([], "to-model: is missing: the model is an encoder"),
         (["--to-model", str(encoder_model)], "to-model: "),
         (["--to-model", teacher, "--encoder-steps", "3"], "encoder-steps: 3"),
     ):

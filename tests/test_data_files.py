@@ -301,7 +301,7 @@ def test_parquet_mistakes_have_one_line(tmp_path: Path, monkeypatch: pytest.Monk
     path.write_bytes(b"no parquet")
     assert "cannot be read as parquet" in str(refused(path))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install 'diffstill[parquet]'" in str(refused(path))
+    assert "pip install '.[parquet]' in the checkout of diffstill" in str(refused(path))
 
 
 def hub_dataset(images: np.ndarray, labels: np.ndarray, names: list[str] | None) -> object:
@@ -340,7 +340,7 @@ def test_hub_datasets_saved_to_disk(tmp_path: Path) -> None:
 
 def test_hub_without_datasets_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    assert "pip install 'diffstill[data]'" in str(refused("hub:owner/name"))
+    assert "pip install '.[data]' in the checkout of diffstill" in str(refused("hub:owner/name"))
 
 
 def test_parquet_written_by_datasets_keeps_class_names(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def test_lpips_pairs_every_image_with_every_other_on_minus_one_to_one() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("lpips") is not None, reason="lpips is installed")
 def test_lpips_that_is_not_there_is_told_in_one_line() -> None:
-    with pytest.raises(InputError, match=r"^distance: 'lpips:vgg' cannot be loaded .*pip install 'diffstill\[eval\]'"):
+    with pytest.raises(InputError, match=r"^distance: 'lpips:vgg' cannot be loaded .*pip install '\.\[eval\]'"):
         make_distance("lpips:vgg", MeanExtractor())
 
 

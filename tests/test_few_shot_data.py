@@ -67,6 +67,7 @@ def test_classes_come_out_of_yaml_and_the_command_line_as_names() -> None:
     [
         ({"classes": ["11"]}, "data.classes: '11' is no class of the data; use some of: 1"),
         ({"classes": ["-x"]}, "data.classes: 'x' is no class of the data; use some of: 0, 1, 2"),
+        ({"classes": ["-x"]}, "7, 8, 9; or all, by data.classes=null"),
         ({"classes": ["1", "-2"]}, "data.classes: ['1', '-2'] mixes the two; name the classes to keep"),
         ({"classes": []}, "data.classes: [] is not usable; name one class or more, each once"),
         ({"classes": ["1", "1"]}, "data.classes: ['1', '1'] is not usable; name one class or more, each once"),
@@ -74,7 +75,8 @@ def test_classes_come_out_of_yaml_and_the_command_line_as_names() -> None:
         ({"shots": 0}, "data.shots: 0 is not usable; use a whole number from 1"),
         (
             {"classes": [8], "shots": 175},
-            "data.shots: 175 is more than the training images of class 8; there are 174; set data.shots=174, or fewer",
+            "data.shots: 175 is more than the training images of class 8; there are 174; set data.shots=174, or fewer, "
+            "or leave data.shots out",
         ),
         ({"unlabelled": True, "shots": 1798}, "data.shots: 1798 is more than the training images of class image"),
     ],

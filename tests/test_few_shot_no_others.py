@@ -335,9 +335,7 @@ def test_a_folder_of_pictures_is_all_a_user_needs(
     assert (point.few_shot.memorised.value is None) == (count == 1)
     assert point.few_shot.source_fd.value is not None
     assert load_model(tmp_path / "run" / "model").denoiser.schedule.T == 1
-    assert ("Frechet distance to the images trained on" in (tmp_path / "run" / "model" / "README.md").read_text()) == (
-        count > 1
-    )
+    assert ("FD-digits to the shots" in (tmp_path / "run" / "model" / "README.md").read_text()) == (count > 1)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     check_page(page, 1 if count > 1 else 0)
     assert "None" not in page.partition("<body")[2].partition("How it was made")[0]
@@ -354,6 +352,6 @@ def test_fewer_pictures_than_the_recipe_asks_for_end_in_one_line(
     source = f"data.source=folder:{pictures_in(tmp_path / 'few', 5)}"
     assert main(["distill", "digits-unidad", source, teacher, *TINY, "--quiet", "--out", str(tmp_path / "run")]) == 2
     told = capsys.readouterr().err.strip()
-    assert told.endswith("there are 5; set data.shots=5, or fewer")
+    assert told.endswith("there are 5; set data.shots=5, or fewer, or leave data.shots out")
     assert "\n" not in told
     assert not (tmp_path / "run").exists()

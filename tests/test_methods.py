@@ -426,7 +426,7 @@ def test_pairs_that_do_not_go_together_are_refused_in_one_line(name: str, what: 
 @pytest.mark.parametrize("name", DISTILLERS)
 def test_distillation_needs_a_teacher_and_a_curriculum_to_transfer(name: str) -> None:
     method = METHODS[name]
-    with pytest.raises(InputError, match=r"^teacher: None is missing; name a teacher model folder$"):
+    with pytest.raises(InputError, match=r"^teacher: is missing; name a teacher model folder$"):
         method(Setting(tiny_denoiser((8, 8), 0)), method.options_class())
     if name == "sfddm":  # has no weights over timesteps
         return

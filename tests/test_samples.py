@@ -279,6 +279,26 @@ def test_bad_input_is_one_line(words: list[str], message: str, tmp_path: Path, t
     assert error.count("\n") == 1
 
 
+def test_pictures_that_cannot_be_measured_say_why(tmp_path: Path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, sides in (("mixed", (8, 9)), ("flat", (8, 8)), ("photos/0", (8, 8))):
+        (tmp_path / name).mkdir(parents=True)
+        for number, side in enumerate(sides):
+            Image.new("L", (side, side)).save(tmp_path / name / f"{number}.png")
+    (tmp_path / "flat" / "1.png").write_bytes(b"no picture")
+    for words, message in (
+        (
+            ["eval", "mixed"],
+            "samples: 'mixed' holds images of different sizes; bring the pictures to 8x8 grey; samples are",
+        ),
+        (["eval", "flat"], "samples: 'flat/1.png' is not a readable image (UnidentifiedImageError"),
+        (["eval", "flat"], "; replace or remove it\n"),
+        (["eval", "photos"], "'photos' has no model_index.json; for pictures in class folders write folder:photos\n"),
+    ):
+        assert main([*words, "--data", "digits", "--quiet"]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_ten_pictures_in_a_folder_are_unlabelled_data(tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (10, 8, 8), dtype=np.uint8)
     for number, image in enumerate(pixels):

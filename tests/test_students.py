@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from diffstill.data.sources import load_data
 from diffstill.errors import InputError
+from diffstill.jobs.distill import blank_teacher, prepare_student
 from diffstill.models.adapters import dit, unet2d
+from diffstill.models.denoiser import Denoiser
 from diffstill.models.lineage import weights_sha256
 from diffstill.models.students import inherit, keep_channels, student_for_ratio
+from diffstill.recipe import DistillRecipe, load_recipe
 
 TEACHER: dict[str, Any] = {"block_out_channels": (128, 256, 256, 256), "layers_per_block": 2, "attention_levels": [1]}
 DASH: dict[str, Any] = {"block_out_channels": (64, 128, 128, 128), "layers_per_block": 1, "attention_levels": [1]}
@@ -299,6 +304,41 @@ def test_other_vocabularies_and_families_are_refused() -> None:
         inherit(small(), transformer)
     with pytest.raises(InputError, match=r"^teacher: 'dit' cannot be inherited from"):
         inherit(transformer, small())
+
+
+def plain_folder(folder: Path, **options: Any) -> UNet2DModel:
+    """A pipeline of plain diffusers, its network by diffusers' defaults, for digits."""
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=8,
+        **options,
+    )
+    DDPMPipeline(network, DDPMScheduler()).save_pretrained(folder)
+    return network
+
+
+def prepared(folder: Path, widths: str, *overrides: str) -> Denoiser:
+    asked = [f"teacher.model={folder}", "student.init=inherit", f"student.block_out_channels={widths}", *overrides]
+    recipe = load_recipe("digits-dash", ["data.limit=100", "method.curriculum=none", *asked])
+    assert isinstance(recipe, DistillRecipe)
+    data = load_data(recipe.data)
+    return prepare_student(recipe, data, blank_teacher(recipe, data))[0]
+
+
+def test_a_student_takes_over_the_form_of_a_plain_diffusers_teacher(tmp_path: Path) -> None:
+    teacher = plain_folder(tmp_path, num_class_embeds=11)
+    student = prepared(tmp_path, "[16, 32]", "student.layers_per_block=2", "student.attention_head_dim=8")
+    network: Any = student.network
+    assert weights_sha256(network) == weights_sha256(teacher)
+    assert (network.config.freq_shift, network.config.downsample_padding, network.config.norm_eps) == (0, 1, 1e-5)
+    small = prepared(tmp_path, "[16, 16]")
+    assert all(torch.isfinite(value).all() for value in small.network.state_dict().values())
 
 
 def test_a_refused_student_is_left_alone() -> None:

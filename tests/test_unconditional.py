@@ -160,7 +160,7 @@ def test_of_a_learned_variance_the_mean_alone_is_used(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"num_classes": 2}, "names 2 classes, and its network is unconditional"),
-        ({"guided": True}, "names 1 classes, and its network is unconditional"),
+        ({"guided": True}, "names 1 class, and its network is unconditional"),
     ],
 )
 def test_a_folder_that_claims_more_than_its_network_has_is_refused(

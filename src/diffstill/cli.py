@@ -22,20 +22,43 @@ class _Parser(argparse.ArgumentParser):
     """One line for a wrong command line, instead of the whole usage."""
 
     def error(self, message: str) -> NoReturn:
-        wrong = re.fullmatch(r"argument COMMAND: invalid choice: '(.*?)'.*", message, re.DOTALL)
-        known = [name for action in self._actions for name in action.choices or ()]
-        mend = f"use one of {', '.join(known)}, or --help"
-        if wrong:
-            near = get_close_matches(wrong[1], known, n=1)
+        named = re.fullmatch(r"argument (\S+): invalid (?:(\w+) value|choice): '(.*?)'.*", message, re.DOTALL)
+        missing = message.partition(" required: ")[2]
+        see = f"see {self.prog} --help"
+        if named and named[1] == "COMMAND":
+            known = self.choices("COMMAND")
+            near = get_close_matches(named[3], known, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
-            raise InputError("command", wrong[1], mend, problem=f"is unknown{hint}")
-        if message.endswith("required: COMMAND"):
+            mend = f"use one of {', '.join(known)}, or --help"
+            raise InputError("command", named[3], mend, problem=f"is unknown{hint}")
+        if named:
+            choices = f"use {', '.join(self.choices(named[1]))}"
+            mend = {"int": "give a whole number", "float": "give a number"}.get(named[2] or "", choices)
+            raise InputError(named[1].rpartition("/")[2].lstrip("-"), named[3], mend)
+        if missing == "COMMAND":
+            mend = f"use one of {', '.join(self.choices(missing))}, or --help"
             raise InputError("command", None, mend, problem="is missing")
-        raise InputError("command line", message, f"see {self.prog} --help", problem="was not understood")
+        if missing:
+            first = missing.split(", ")[0]
+            told = ", ".join(self.choices(first)) or (action.help if (action := self.action(first)) else "")
+            raise InputError(first, None, f"give {told}; {see}", problem="is missing")
+        raise InputError("command line", message, see, problem="was not understood")
+
+    def action(self, name: str) -> argparse.Action | None:
+        """The argument that argparse's messages call so."""
+        called = ((action, (action.metavar, action.dest, "/".join(action.option_strings))) for action in self._actions)
+        return next((action for action, names in called if name in names), None)
+
+    def choices(self, name: str) -> list[str]:
+        action = self.action(name)
+        return list(action.choices or ()) if action else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
+    if not (sys.argv[1:] if argv is None else argv):
+        build_parser().print_help()
+        return 0
     try:
         arguments = parse(argv)
         _quieten()
@@ -66,10 +89,31 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     late = [word for word in rest if not word.startswith("-")]
     if rest and (late != rest or not hasattr(arguments, "overrides")):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        raise _unknown(parser, arguments, rest)
     if late:
         arguments.overrides = [*arguments.overrides, *late]
     return arguments
+
+
+def _unknown(parser: _Parser, arguments: argparse.Namespace, rest: Sequence[str]) -> InputError:
+    """An option that a command does not have, with the one or the recipe's key that was meant."""
+    word = next((word for word in rest if word.startswith("-")), rest[0])
+    name, _, value = word.lstrip("-").partition("=")
+    own = parser.action("COMMAND").choices[arguments.command]  # type: ignore[union-attr,index]
+    near = get_close_matches(
+        f"--{name}", [option for action in own._actions for option in action.option_strings], 1, 0.75
+    )
+    mend = f"did you mean {near[0]}? See {own.prog} --help" if near else f"see {own.prog} --help"
+    if word == name:
+        return InputError("command line", word, mend, problem="is a word too many")
+    if hasattr(arguments, "overrides") and not near:
+        from .engine.settings import TrainSettings
+
+        key = name.replace("-", "_")
+        section = "training." if key in TrainSettings.model_fields else ""
+        given = value or next((other for other in rest[rest.index(word) + 1 :]), "VALUE")
+        mend = f"settings of a recipe are written without dashes: {section}{key}={given}"
+    return InputError("command line", word, mend, problem="is no option of this command")
 
 
 def _unforeseen(error: Exception) -> str:
@@ -88,7 +132,7 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> _Parser:
     parser = _Parser(
         prog="diffstill",
         description="Distil diffusion models: smaller, fewer steps, the guidance dial still alive.",
@@ -98,34 +142,37 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"diffstill {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, run: Any, text: str, example: str, *, out: str | None = None) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Any, text: str, example: str, *, out: str | None = None, device: str = "auto"
+    ) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=text, description=text, epilog=f"example: {example}", allow_abbrev=False)
         made.set_defaults(run=run)
         made.add_argument("--json", action="store_true", help="print one JSON object on standard output")
         if out is not None:
             made.add_argument("--out", type=Path, default=None, help=f"where to write (default {out})")
-            made.add_argument("--device", default=None, help="auto, cpu, cuda or mps (default: the recipe's, auto)")
+            made.add_argument("--device", default=None, help=f"auto, cpu, cuda or mps (default: {device})")
             made.add_argument("--quiet", action="store_true", help="no progress bars")
         return made
 
-    def recipe_command(name: str, run: Any, text: str, example: str) -> argparse.ArgumentParser:
-        made = command(name, run, text, example, out="runs/NAME")
+    def recipe_command(name: str, run: Any, text: str, example: str, out: str = "runs/NAME") -> argparse.ArgumentParser:
+        made = command(name, run, text, example, out=out, device="the recipe's")
         made.add_argument("recipe", help="a name from `diffstill list recipes`, or a YAML path")
-        made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides: training.lr=1e-3")
+        made.add_argument("overrides", nargs="*", metavar="key=value", help="dotted overrides: training.lr=1e-3 seed=1")
         made.add_argument("--fresh", action="store_true", help="throw an earlier run in --out away and start over")
         made.add_argument("--dry-run", action="store_true", help="print the resolved recipe and its predicted cost")
         return made
 
     demo = command("demo", _demo, "teacher, DASH student, evaluation and report on real digits, in minutes",
-                   "diffstill demo", out="runs/demo")  # fmt: skip
+                   "diffstill demo", out="runs/demo", device="the recipe's")  # fmt: skip
     demo.add_argument("overrides", nargs="*", metavar="key=value", help="overrides of the recipe digits-dash")
     demo.add_argument("--fresh", action="store_true", help="throw an earlier demo away and start over")
-    recipe_command("train", _train, "train a class-conditional teacher", "diffstill train digits-teacher")
+    recipe_command("train", _train, "train a model from data: a teacher", "diffstill train digits-teacher")
     recipe_command("distill", _train, "distil a student from a teacher", "diffstill distill digits-dash seed=1")
     recipe_command("chain", _train, "stages one after another: smaller, then fewer steps",
                    "diffstill chain cascade-digits")  # fmt: skip
     arena = recipe_command("arena", _arena, "train several methods against one teacher in one pass, and compare",
-                           "diffstill arena digits-arena --methods dash,composite --seeds 3")  # fmt: skip
+                           "diffstill arena digits-arena --methods dash,composite --seeds 3",
+                           out="runs/arena-NAME")  # fmt: skip
     arena.add_argument("--methods", default=None, help="comma-separated arms or methods (default: the recipe's arms)")
     arena.add_argument("--seeds", type=int, default=3, help="number of training seeds (default 3)")
 
@@ -137,9 +184,7 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--steps", type=int, help="default: 50, or all of a model of fewer")
     sample.add_argument("--labels", default=None, help="class numbers or names, comma-separated")
     sample.add_argument("-n", "--count", type=int, default=None, help="how many images (default: 8 a class)")
-    sample.add_argument("--seed", type=int, default=0)
-    sample.add_argument("--batch-size", type=int, default=256)
-    sample.add_argument("--clip", choices=("recompute", "paper", "none"), default="recompute")
+    cli_edit.sampling_options(sample)
 
     cli_edit.declare(command, _picture)
 
@@ -158,17 +203,17 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--teacher", default=None, help="measure guidance fidelity against this model")
     evaluate.add_argument("--data", default=None, help="digits, folder:PATH, npz:PATH, parquet:PATH or hub:NAME")
 
-    report = command("report", _report, "write one run's report again, or compare several",
+    report = command("report", _report, "rewrite a run's report, or compare several",
                      "diffstill report runs/a runs/b --out compare.html")  # fmt: skip
     report.add_argument("runs", nargs="+", type=Path, help="run folders (or receipt.json files)")
     report.add_argument("--out", type=Path, default=None, help="the page (default report.html, or compare.html)")
 
-    listing = command("list", _list, "what there is", "diffstill list recipes")
+    listing = command("list", _list, "list recipes, methods, data sources or metrics", "diffstill list recipes")
     listing.add_argument("what", choices=("recipes", "methods", "data", "metrics"))
-    check = command("check", _check, "conformance of a method or a model", "diffstill check dash")
+    check = command("check", _check, "check that a method or a model keeps its promises", "diffstill check dash")
     check.add_argument("target", help="a method's name, path/to/file.py:Class, or a model folder")
     check.add_argument("--quick", action="store_true", help="skip the slow proofs (two processes, compile)")
-    command("doctor", _doctor, "what is installed, what would not work and why", "diffstill doctor")
+    command("doctor", _doctor, "tell what is installed, what would not work and why", "diffstill doctor")
     return parser
 
 
@@ -180,10 +225,7 @@ def _session(arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
     from .console import make_ui
     from .engine.runtime import Runtime
 
-    try:
-        runtime = Runtime(arguments.device or device)
-    except ValueError as error:
-        raise InputError("device", arguments.device or device, str(error)) from None
+    runtime = Runtime(arguments.device or device)
     return runtime, make_ui(quiet=arguments.quiet or arguments.json, speaks=runtime.is_main)
 
 
@@ -298,7 +340,7 @@ def _picture(arguments: argparse.Namespace) -> int:
 
 def _eval(arguments: argparse.Namespace) -> int:
     from .jobs.evaluate import evaluate, of_data, protocol_of
-    from .jobs.images import evaluate_images, holds_images, protocol_of_images
+    from .jobs.images import evaluate_images, holds_images, protocol_of_images, refuse_pictures
 
     runtime, ui = _session(arguments, "auto")
     named = Path(arguments.model.partition(":")[2] or arguments.model)
@@ -314,6 +356,7 @@ def _eval(arguments: argparse.Namespace) -> int:
             protocol = protocol_of_images(overrides)
             finished = evaluate_images(arguments.model, out, runtime, ui, spec=protocol, **asked)
         else:
+            refuse_pictures(arguments.model)
             told = protocol_of(arguments.model, overrides)
             finished = evaluate(arguments.model, out, runtime, ui, teacher=arguments.teacher, spec=told, **asked)
     finally:
@@ -333,9 +376,9 @@ def _list(arguments: argparse.Namespace) -> int:
     from .jobs.listing import listing
 
     rows = listing(arguments.what)
-    width = max((len(name) for name, _ in rows), default=0)
-    text = "\n".join(f"{name:<{width}}  {line}" for name, line in rows)
-    _print(arguments, [{"name": name, "summary": line} for name, line in rows], text)
+    widths = [max(map(len, column)) for column in zip(*(row.values() for row in rows), strict=True)]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row.values(), widths, strict=True)) for row in rows)
+    _print(arguments, rows, "\n".join(line.rstrip() for line in lines))
     return 0
 
 

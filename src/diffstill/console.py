@@ -89,10 +89,11 @@ def make_ui(quiet: bool, speaks: bool) -> Ui:
 
 def doctor_text(found: dict[str, Any]) -> str:
     """``examine()`` for a person."""
+    cores, threads = (f"{found[what]} {what if found[what] != 1 else what[:-1]}" for what in ("cores", "threads"))
     lines = [
         f"diffstill {found['diffstill']} on Python {found['python']}, {found['platform']}",
-        f"device: {found['device']}, {found['cores']} cores, {found['threads']} threads, "
-        f"native bf16: {'yes' if found['bf16'] else 'no'}, {found['free_disk_gib']} GiB free",
+        f"device: {found['device']}, {cores}, {threads}, "
+        f"native bf16: {'yes' if found['bf16'] else 'no'}, {found['free_disk_gib']} GiB free on this disk",
     ]
     for name, number in found["packages"].items():
         lines.append(f"  {'ok     ' if number else 'MISSING'} {name} {number or ''}".rstrip())

@@ -3,6 +3,16 @@
 from __future__ import annotations
 
 
+def counted(number: int, word: str) -> str:
+    """``1 class``, ``3 classes``: for messages."""
+    return f"{number} {word}" if number == 1 else f"{number} {word}{'es' if word.endswith('s') else 's'}"
+
+
+def install(extra: str) -> str:
+    """How to install what an extra brings. diffstill is on no index: it is installed from its checkout."""
+    return f"pip install '.[{extra}]' in the checkout of diffstill"
+
+
 class DiffstillError(Exception):
     """Base of every error whose message is meant for the user: one line, printed without a traceback."""
 
@@ -21,6 +31,12 @@ class InputError(DiffstillError):
     def __init__(self, field: str, value: object, mend: str, *, problem: str = "is not usable") -> None:
         self.field, self.value, self.mend = field, value, mend
         shown = repr(value) if isinstance(value, str) else str(value)
+        if isinstance(value, bool):
+            shown = shown.lower()  # as YAML and the command line spell it
+        elif value is None and problem == "is not usable":
+            shown = "null"
+        elif value is None and problem.startswith("is missing"):
+            shown = ""
         if len(shown) > 200:
             shown = shown[:197] + "..."
         super().__init__(" ".join(f"{field}: {shown} {problem}; {mend}".split()))

@@ -7,6 +7,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..diffusion.prediction import target
+from ..errors import counted
 from ..models.denoiser import Denoiser
 from .bench import timesteps_to_try
 from .report import Broken, NotApplicable
@@ -81,7 +82,7 @@ def labels(points: Points) -> str:
     other = (points.labels + 1) % points.denoiser.num_classes
     if torch.equal(points.predicted(), points(points.x_t, points.t, other)):
         raise Broken("the output does not depend on the label")
-    return f"{points.denoiser.num_classes} classes"
+    return counted(points.denoiser.num_classes, "class")
 
 
 def null_label(points: Points) -> str:

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..errors import InputError
 from .compiled import has_compiler
 from .settings import Precision
 
@@ -46,12 +47,12 @@ class Runtime:
 
     def __init__(self, device: str = "auto") -> None:
         if device not in ("auto", "cpu", "cuda", "mps"):
-            raise ValueError(f"device {device!r}: use auto, cpu, cuda or mps")
+            raise InputError("device", device, "use auto, cpu, cuda or mps")
         use_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available() and not _mps())
         self.accelerator = Accelerator(cpu=use_cpu, mixed_precision="no")
         self.device: torch.device = self.accelerator.device
         if device not in ("auto", self.device.type):
-            raise ValueError(f"device {device!r} is not to be had here; use auto or {self.device.type}")
+            raise InputError("device", device, f"use auto or {self.device.type}", problem="is not to be had here")
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.backends.cuda.matmul.allow_tf32 = True

@@ -57,8 +57,10 @@ class TrainSettings(BaseModel):
         if self.images % self.batch_size:
             near = max(1, round(self.images / self.batch_size)) * self.batch_size
             raise ValueError(f"images {self.images} is no multiple of batch_size {self.batch_size}; use {near}")
-        if self.micro_batch and self.batch_size % self.micro_batch:
-            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {self.micro_batch}")
+        if (asked := self.micro_batch) and self.batch_size % asked:
+            fit = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            near = min(fit, key=lambda n: abs(n - asked))
+            raise ValueError(f"batch_size {self.batch_size} is no multiple of micro_batch {asked}; use {near}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas {list(self.betas)} must lie in [0, 1)")
         if not math.isfinite(self.lr):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.dataset import to_float, to_uint8
 from ..disk import file_sha256
-from ..errors import InputError
+from ..errors import InputError, install
 from .features import Extractor, extract
 
 FORMS = "use features, pixels, lpips:vgg or lpips:alex"
@@ -121,7 +121,7 @@ class LpipsDistance(Distance):
         try:
             import lpips
         except (ImportError, RuntimeError) as error:  # torchvision's operators raise the latter beside another torch
-            mend = "pip install 'diffstill[eval]' and a torchvision that fits your torch, or use features"
+            mend = f"{install('eval')}, and a torchvision that fits your torch, or use features"
             raise InputError("distance", asked, mend, problem=f"cannot be loaded ({error})") from None
         path = next((folder / name for name in self.WEIGHTS[net] if (folder / name).is_file()), None)
         mend = f"put torchvision's {self.WEIGHTS[net][0]} into {folder}, or use features"

@@ -154,6 +154,18 @@ def make_extractor(
     raise InputError("extractor", spec, FORMS, problem="is not understood")
 
 
+def check_extractor(spec: str, data: DataSplits, source: DataSpec | None = None) -> None:
+    """What ``make_extractor`` would refuse; no classifier is trained, and nothing is written.
+
+    Raises:
+        InputError: as ``make_extractor``.
+    """
+    if spec != "classifier":
+        make_extractor(spec, data, source=source)
+    elif whole_source(data).num_classes < 2:
+        _source_with_classes(data, source)
+
+
 def _source_with_classes(data: DataSplits, source: DataSpec | None) -> DataSplits:
     """The whole of the source domain, for data whose own source is all of one class.
 

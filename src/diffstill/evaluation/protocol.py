@@ -336,11 +336,6 @@ class Evaluator:
         )
 
     @property
-    def alone(self) -> bool:
-        """Whether distances are to the very images that were trained on, for there are no others of their domain."""
-        return self.few_shot is not None and self.few_shot.protocol.alone
-
-    @property
     def _held_out(self) -> ImageData:
         return self.data.test if len(self.data.test) else self.data.val
 

@@ -54,7 +54,8 @@ def choose_arms(recipe: DistillRecipe, methods: Sequence[str] | None) -> dict[st
                 names = ", ".join(dict.fromkeys([*known, *METHODS]))
                 raise InputError("methods", name, f"use some of: {names}", problem="is neither an arm nor a method")
     if not chosen:
-        raise InputError("methods", "", "name some with --methods, or add arena.arms to the recipe", problem="is empty")
+        mend = "name methods with --methods, e.g. dash,composite, or add arena.arms to the recipe"
+        raise InputError("recipe", recipe.name, mend, problem="has no arena.arms")
     return chosen
 
 
@@ -213,7 +214,7 @@ class _Session:
             teacher=self.teacher.lineage, name=f"{recipe.name}-{arm.name}", seed=seed,
         )  # fmt: skip
         guidance = recipe.evaluation.default_guidance
-        refresh_card(folder, evaluation, self.path, guidance, alone=self.evaluator.alone)
+        refresh_card(folder, evaluation, self.path, guidance, self.evaluator.protocol)
 
     def evaluate(
         self, name: str, subject: Subject, teacher: Teacher | None, *, pictures: bool = True

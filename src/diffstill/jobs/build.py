@@ -20,14 +20,14 @@ from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule, spaced_indices
 from ..engine.runtime import Runtime
 from ..engine.settings import TrainSettings
-from ..errors import InputError
+from ..errors import InputError, counted
 from ..methods import METHODS, Curriculum, Method, Setting
 from ..models.adapters import FAMILIES, family_of, guided_unet2d, unwrap, with_scale_input
 from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
 from ..models.lineage import Lineage
 from ..models.loading import COMPONENTS
-from ..models.students import inherit
+from ..models.students import in_form_of, inherit
 from ..recipe import AS_TEACHER, ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, RespaceSpec, TrainRecipe
 from ..recipe.problems import one_line
 
@@ -93,6 +93,7 @@ def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed
     else:
         network = build_network(spec, shape, classes, seed, "student")
         if init != "fresh":
+            network = in_form_of(teacher.network, network)
             inherit(teacher.network, network, select="magnitude" if init == "magnitude" else "first")
     student = Denoiser(network, teacher.schedule, classes, shape, teacher.prediction_type)
     if family_of(network).takes_scale(network):
@@ -280,8 +281,8 @@ def check_data(data: DataSplits, denoiser: Denoiser, whose: str = "teacher") -> 
         mend = f"set data.size={h} and data.channels={c} to match the {whose}"
         raise InputError("data", f"{data.shape[0]}x{data.shape[1]}x{data.shape[2]}", mend, problem="has another shape")
     if data.num_classes != denoiser.num_classes:
-        mend = f"use data with the {whose}'s {denoiser.num_classes} classes"
-        raise InputError("data", f"{data.num_classes} classes", mend, problem="does not fit")
+        mend = f"use data with the {whose}'s {counted(denoiser.num_classes, 'class')}"
+        raise InputError("data", counted(data.num_classes, "class"), mend, problem="does not fit")
 
 
 def check_run(recipe: TrainRecipe | DistillRecipe, T: int, runtime: Runtime) -> None:
@@ -291,7 +292,7 @@ def check_run(recipe: TrainRecipe | DistillRecipe, T: int, runtime: Runtime) -> 
         InputError: more sampling steps than timesteps, or a batch that the processes cannot share.
     """
     if recipe.evaluation.steps > T:
-        raise InputError("evaluation.steps", recipe.evaluation.steps, f"use 1..{T}, the length of the schedule")
+        raise InputError("evaluation.steps", recipe.evaluation.steps, f"use 1..{T}, the steps that the model has")
     if recipe.training.batch_size % runtime.world:
         mend = f"use a multiple of the {runtime.world} processes"
         raise InputError("training.batch_size", recipe.training.batch_size, mend)

@@ -352,7 +352,7 @@ def _measured(
             )
             if made.summary is not None:
                 home, guidance = made.loaded.folder, folder.default_guidance
-                refresh_card(home, evaluation, folder.path, guidance, alone=evaluator.alone)
+                refresh_card(home, evaluation, folder.path, guidance, evaluator.protocol)
             write_text(file, evaluation.model_dump_json(indent=1) + "\n")
         runtime.barrier()
     return evaluation.model_copy(update={"place": place}), not found

@@ -13,6 +13,7 @@ import torch
 
 from .. import __version__
 from ..engine.runtime import native_bf16
+from ..errors import install
 
 CORE = ("torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "pydantic", "numpy", "scipy",
         "scikit-learn", "pillow", "matplotlib", "rich", "jinja2")  # fmt: skip
@@ -32,13 +33,13 @@ def examine() -> dict[str, Any]:
     extras = {name: {"version": _version(name), "extra": extra, "for": use} for name, (extra, use) in EXTRAS.items()}
     for name, entry in extras.items():
         if entry["version"] is None:
-            notes.append(f"{entry['for']}: not available; pip install 'diffstill[{entry['extra']}]' brings {name}")
+            notes.append(f"{entry['for']}: not available; {install(EXTRAS[name][0])} brings {name}")
     if importlib.util.find_spec("torchvision") is not None and "+cpu" in torch.__version__:
         notes.append(
             "torchvision beside a CPU-only torch may not load, and diffusers then fails: pip uninstall torchvision"
         )
     cuda = torch.cuda.is_available()
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else []
+    devices = [_gpu(i) for i in range(torch.cuda.device_count())] if cuda else []
     if not cuda:
         notes.append("no CUDA device: everything runs on the CPU; recipes for 32x32 images want a GPU")
     if shutil.which("c++") is None and shutil.which("g++") is None:
@@ -61,6 +62,11 @@ def examine() -> dict[str, Any]:
         "notes": notes,
         "ok": all(packages.values()),
     }
+
+
+def _gpu(number: int) -> str:
+    held = torch.cuda.get_device_properties(number).total_memory / 2**30
+    return f"{torch.cuda.get_device_name(number)} ({held:.1f} GiB)"
 
 
 def _version(name: str) -> str | None:

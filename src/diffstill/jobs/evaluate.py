@@ -47,7 +47,7 @@ def guidance_of(text: str | None, model: LoadedModel) -> GuidanceSchedule:
     try:
         made = parse_guidance(text if text is not None else model.default_guidance)
     except ValueError as error:
-        raise InputError("guidance", text, str(error)) from None
+        raise InputError("guidance", text, str(error).rpartition("; ")[2]) from None
     if not model.guided and text is not None and text != "1":
         why = "is unconditional" if model.denoiser.unconditional else "has one scale baked in"
         raise InputError("guidance", text, "leave it out", problem=f"cannot be set: this model {why}")
@@ -211,9 +211,10 @@ def _data_spec(recipe: AnyRecipe | None, data: str | None, overrides: Sequence[s
 
 
 def of_data(overrides: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Overrides that begin with ``data.``, without it, and the others, which are the protocol's."""
+    """Overrides that begin with ``data.``, without it, and the others, which are the protocol's: with or without the
+    section's name that they have in a recipe."""
     mine = [item.removeprefix("data.") for item in overrides if item.startswith("data.")]
-    return mine, [item for item in overrides if not item.startswith("data.")]
+    return mine, [item.removeprefix("evaluation.") for item in overrides if not item.startswith("data.")]
 
 
 def protocol_of(source: str, overrides: Sequence[str]) -> EvaluationSpec | None:

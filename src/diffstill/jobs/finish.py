@@ -20,12 +20,13 @@ from ..evaluation.encoding import decode, encode
 from ..evaluation.features import make_extractor
 from ..evaluation.few_shot import FewShotFigures
 from ..evaluation.protocol import REPLICATED, EvalSettings, Evaluator
-from ..evaluation.results import ModelEvaluation
+from ..evaluation.results import ModelEvaluation, Protocol
 from ..evaluation.samples import SampleStore
 from ..evaluation.sampling import sample_images
 from ..models.denoiser import Denoiser
 from ..models.folder import load_model, save_model
 from ..recipe import DistillRecipe, EvaluationSpec, TrainRecipe, resolved
+from ..report import words
 from ..report.page import write_report
 from ..report.pictures import class_grid, grid, pairs_grid, save_png
 from ..report.receipt import Ancestor, DataSummary, Receipt, TrainingSummary, environment
@@ -182,7 +183,7 @@ def finish_run(
             )
             if subject.folder and subject.folder.parent == folder.path:
                 guidance = recipe.evaluation.default_guidance
-                refresh_card(subject.folder, evaluation, folder.path, guidance, alone=evaluator.alone)
+                refresh_card(subject.folder, evaluation, folder.path, guidance, evaluator.protocol)
         draw_shots(receipt.baselines, data, folder.path)
         write_report(receipt, folder.path, folder.report)
         receipt.save(folder.receipt)
@@ -282,13 +283,10 @@ def _draw_encoding(subject: Subject, data: DataSplits, run_dir: Path) -> dict[st
 
 
 def refresh_card(
-    folder: Path, evaluation: ModelEvaluation, run_dir: Path, default_guidance: str | None, *, alone: bool = False
+    folder: Path, evaluation: ModelEvaluation, run_dir: Path, default_guidance: str | None, protocol: Protocol
 ) -> None:
-    """Writes the model folder again with its best scale as the pipeline's default, its figures and its picture.
-
-    Args:
-        alone: the distance is to the very images that were trained on.
-    """
+    """Writes the model folder again with its best scale as the pipeline's default, its figures as the report words
+    them, and its picture."""
     loaded = load_model(folder)
     assert loaded.lineage is not None
     best = evaluation.best
@@ -296,15 +294,13 @@ def refresh_card(
     chosen = best if best is None or best.few_shot is None else None
     figures: dict[str, object] = {}
     if best is not None:
-        distance = "Frechet distance to the images trained on" if alone else "Frechet distance"
-        figures = {"best guidance": best.guidance, distance: best.fd.value}
+        figures = {"best guidance": best.guidance, words.metric(protocol): words.estimate(best.fd)}
         if best.class_agreement is not None:
-            figures["class agreement"] = best.class_agreement.value
+            figures["class agreement"] = words.percent(best.class_agreement)
     if evaluation.fidelity is not None:
-        overall = evaluation.fidelity.overall
-        figures |= {"gap ratio": overall.ratio.value, "gap cosine": overall.cosine.value}
+        figures["guidance beside the teacher's"] = words.guidance_state(evaluation.fidelity)[1]
     if evaluation.encoding is not None:
-        figures["error of decoded images"] = evaluation.encoding.error.value
+        figures["error of decoded images"] = words.estimate(evaluation.encoding.error)
     save_model(
         loaded.denoiser,
         folder,

@@ -36,30 +36,48 @@ def holds_images(text: str) -> bool:
     return path.suffix.lower() in (".npz", ".parquet") or is_flat(path)
 
 
-def open_images(text: str) -> tuple[ImageData, bool]:
-    """All images of a source in one split, in its order; whether they have labels.
+def refuse_pictures(text: str) -> None:
+    """For what is taken for a model.
 
     Raises:
-        InputError: no images, or none that can be read.
+        InputError: a folder of class folders, which only ``folder:`` tells from a model's.
+    """
+    path = Path(text).expanduser()
+    if path.is_dir() and not (path / "model_index.json").exists() and any(map(is_flat, path.iterdir())):
+        mend = f"for pictures in class folders write folder:{text}"
+        raise InputError("model", text, mend, problem="has no model_index.json")
+
+
+def open_images(text: str, shape: tuple[int, int, int] | None = None) -> tuple[ImageData, bool]:
+    """All images of a source in one split, in its order; whether they have labels.
+
+    Args:
+        shape: of the images that they are compared with.
+
+    Raises:
+        InputError: no images, or one that cannot be read.
     """
     try:
         parts = _load(DataSpec.parse(text).model_copy(update={"val_fraction": 0.0, "test_fraction": 0.0}))
     except InputError as error:
-        raise InputError.about("samples", str(error).partition(": ")[2]) from None
+        if error.field == "data.size":
+            form = f"{shape[2]}x{shape[1]} {'grey' if shape[0] == 1 else 'colour'}" if shape else "one size"
+            mend = f"bring the pictures to {form}; samples are not resized"
+            raise InputError("samples", text, mend, problem="holds images of different sizes") from None
+        # What only the data section of a recipe could set is no mend of samples.
+        said = str(error).partition(": ")[2].partition(", or set data.")[0]
+        raise InputError.about("samples", said) from None
     each = [part for part in (parts.train, parts.val, parts.test) if len(part)]
     images, labels = (torch.cat([getattr(part, name) for part in each]) for name in ("images", "labels"))
     return ImageData(parts.name, "samples", images, labels, parts.class_names), parts.labelled
 
 
 def _load(spec: DataSpec) -> DataSplits:
-    """With its labels, or where it has none, without."""
+    """With its labels, or where it has none that can be used, without; what then is wrong is wrong with the images."""
     try:
         return load_data(spec)
-    except InputError as first:
-        try:
-            return load_data(spec.model_copy(update={"unlabelled": True}))
-        except InputError:
-            raise first from None
+    except InputError:
+        return load_data(spec.model_copy(update={"unlabelled": True}))
 
 
 def protocol_of_images(overrides: Sequence[str]) -> EvaluationSpec:
@@ -90,8 +108,8 @@ def evaluate_images(
         mend = "name the images to compare with: --data digits, --data npz:cifar10"
         raise InputError("data", None, mend, problem="is not known from images")
     check_out(out)
-    pictures, labelled = open_images(source)
     splits = load_data(override_section(DataSpec.parse(data), data_overrides, "data"))
+    pictures, labelled = open_images(source, splits.shape)
     protocol = (spec or EvaluationSpec()).model_copy(update={"samples": len(pictures)})
     evaluator = evaluator_for(protocol, splits, runtime)
     named = _relabelled(pictures, splits) if labelled else None

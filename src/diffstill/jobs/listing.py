@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import yaml
-
 from ..methods import METHODS
-from ..recipe import builtin_recipes
+from ..recipe import AnyRecipe, DistillRecipe, builtin_recipes, load_recipe
 
 DATA = [
     ("digits", "scikit-learn's 1,797 grey 8x8 digits, embedded, offline"),
@@ -32,14 +30,17 @@ METRICS = [
 ]
 
 
-def listing(what: str) -> list[tuple[str, str]]:
-    """(name, one line) of each."""
+def listing(what: str) -> list[dict[str, str]]:
+    """``name`` and ``summary`` of each, between them for recipes the ``command`` that takes it."""
     if what == "recipes":
-        found = []
-        for name, text in builtin_recipes().items():
-            tree = yaml.safe_load(text)
-            found.append((name, str(tree.get("description", ""))))
-        return found
+        recipes = [load_recipe(name) for name in builtin_recipes()]
+        return [{"name": r.name, "command": command_of(r), "summary": r.description} for r in recipes]
+    rows = DATA if what == "data" else METRICS
     if what == "methods":
-        return [(name, method.summary) for name, method in METHODS.items()]
-    return DATA if what == "data" else METRICS
+        rows = [(name, method.summary) for name, method in METHODS.items()]
+    return [{"name": name, "summary": line} for name, line in rows]
+
+
+def command_of(recipe: AnyRecipe) -> str:
+    """What a recipe is for: recipes with arms are for ``arena``, though ``distill`` takes their student, too."""
+    return "arena" if isinstance(recipe, DistillRecipe) and recipe.arena.arms else recipe.kind

@@ -16,7 +16,7 @@ from ..data.sources import DataSpec, DataSplits, load_data
 from ..diffusion.guidance import GuidanceSchedule
 from ..diffusion.sampling import ALL_STEPS, ClipMode, Predict, ddim_timesteps, level
 from ..diffusion.schedule import NoiseSchedule
-from ..errors import InputError, RunFailed
+from ..errors import InputError, RunFailed, counted
 from ..evaluation.encoding import decode, encode
 from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
@@ -200,8 +200,8 @@ def check_alike(mine: Denoiser, theirs: Denoiser, field: str) -> None:
     """
     check_shape(mine, theirs, field)
     if mine.num_classes != theirs.num_classes:
-        mend = f"give one of the model's {mine.num_classes} classes"
-        raise InputError(field, f"{theirs.num_classes} classes", mend, problem="does not fit")
+        mend = f"give one of the model's {counted(mine.num_classes, 'class')}"
+        raise InputError(field, counted(theirs.num_classes, "class"), mend, problem="does not fit")
 
 
 def labels_of(text: str, class_names: Sequence[str], field: str, most: int = 1) -> list[int]:

@@ -6,13 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..data.sources import load_data
+from ..data.sources import DataSplits, load_data
 from ..engine.runtime import Runtime
 from ..engine.settings import TrainSettings
 from ..evaluation.cost import TrainingForecast, predict_cost
+from ..evaluation.distances import LpipsDistance
+from ..evaluation.features import check_extractor
 from ..methods import Method, Setting
 from ..models.denoiser import Denoiser
-from ..recipe import AnyRecipe, ArmSpec, ChainRecipe, DistillRecipe, TrainRecipe, resolved, to_yaml
+from ..recipe import AnyRecipe, ArmSpec, ChainRecipe, DistillRecipe, EvaluationSpec, TrainRecipe, resolved, to_yaml
+from ..report.words import seconds as duration
 from .build import build_arm, build_denoiser, build_method, check_run
 from .distill import blank_teacher, prepare_student, teacher_recipe
 from .stages import StageData, check_stages, stages_of
@@ -39,8 +42,7 @@ class Plan:
         for name, (forecast, images) in self.forecasts.items():
             teacher = ""
             if forecast.teacher_parameters:
-                ratio = forecast.teacher_parameters / forecast.parameters
-                teacher = f" ({ratio:.2f}x fewer than the teacher's {forecast.teacher_parameters:,})"
+                teacher = f" ({_beside(forecast.parameters, forecast.teacher_parameters)})"
             lines += [
                 f"  {name}:",
                 f"    parameters           {forecast.parameters:,}{teacher}",
@@ -48,9 +50,19 @@ class Plan:
                 f"    FLOPs a step         {forecast.flops_per_image / 1e9:.4g} G an image",
                 f"    training memory      {forecast.memory_mb:,.0f} MB",
                 f"    time                 {forecast.seconds_per_1000_images:.3g} s per 1,000 images here, "
-                f"{_seconds(forecast, images):,.0f} s for {images:,}",
+                f"{duration(_seconds(forecast, images))} for {images:,}",
             ]
+        if len(self.forecasts) > 1:
+            total = sum(_seconds(forecast, images) for forecast, images in self.forecasts.values())
+            lines.append(f"  all together: {duration(total)} of training; evaluation comes on top")
         return "\n".join(lines)
+
+
+def _beside(mine: int, theirs: int) -> str:
+    if mine == theirs:
+        return "as many as the teacher's"
+    less, ratio = theirs > mine, max(mine, theirs) / min(mine, theirs)
+    return f"{ratio:.2f}x {'fewer' if less else 'more'} than the teacher's {theirs:,}"
 
 
 def _seconds(forecast: TrainingForecast, images: int) -> float:
@@ -70,6 +82,7 @@ def plan(recipe: AnyRecipe, runtime: Runtime, arms: Mapping[str, ArmSpec] | None
         made = prepare(recipe, runtime)
         return Plan(recipe, {recipe.name: (_forecast(made.method, made.teacher, settings, runtime), settings.images)})
     data = load_data(recipe.data)
+    _check_protocol(recipe.evaluation, data)
     if isinstance(recipe, TrainRecipe):
         denoiser = build_denoiser(
             recipe.network, data.shape, data.num_classes, recipe.schedule.build(), recipe.prediction_type, recipe.seed
@@ -93,9 +106,19 @@ def plan(recipe: AnyRecipe, runtime: Runtime, arms: Mapping[str, ArmSpec] | None
     return Plan(recipe, forecasts)
 
 
+def _check_protocol(spec: EvaluationSpec, data: DataSplits) -> None:
+    """What the evaluation would lack is said now, not by the run."""
+    check_extractor(spec.extractor, data, spec.source)
+    kind, _, net = spec.distance.partition(":")
+    if kind == "lpips":
+        LpipsDistance(net)
+
+
 def _plan_chain(recipe: ChainRecipe, runtime: Runtime) -> dict[str, tuple[TrainingForecast, int]]:
     stages = stages_of(recipe)
-    blanks = check_stages(stages, StageData(recipe), runtime)
+    data = StageData(recipe)
+    _check_protocol(recipe.evaluation, data.own)
+    blanks = check_stages(stages, data, runtime)
     found = {}
     for stage in stages:
         method = blanks[stage.name].method

@@ -13,7 +13,7 @@ from ..data.sources import DataSplits, load_data
 from ..engine.runtime import Runtime
 from ..errors import InputError
 from ..methods import METHODS, Method, Setting
-from ..recipe import ChainRecipe, DistillRecipe, StageSpec, TrainRecipe, load_recipe, parse_recipe, resolved
+from ..recipe import AnyRecipe, ChainRecipe, DistillRecipe, StageSpec, TrainRecipe, load_recipe, parse_recipe, resolved
 from .build import (
     Teacher,
     build_denoiser,
@@ -81,12 +81,25 @@ def stages_of(recipe: ChainRecipe) -> list[Stage]:
     return found
 
 
+def _base(name: str, spec: StageSpec, overrides: Mapping[str, Any]) -> AnyRecipe:
+    """A stage's own recipe.
+
+    Raises:
+        InputError: what is wrong with it, under the stage's name.
+    """
+    try:
+        return load_recipe(spec.recipe or "", {**spec.overrides, **overrides})
+    except InputError as error:
+        field = error.field if error.field == "recipe" else f"overrides.{error.field}"
+        raise InputError.about(f"stages.{name}.{field}", str(error).removeprefix(f"{error.field}: ")) from None
+
+
 def _rounds(name: str, spec: StageSpec) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, further overrides) of each round; of the stage itself where it has none."""
     if not spec.rounds:
         yield name, {}
         return
-    base = load_recipe(spec.recipe or "", spec.overrides)
+    base = _base(name, spec, {})
     if isinstance(base, ChainRecipe):
         raise InputError(f"stages.{name}.recipe", spec.recipe, "name a recipe of kind distill", problem="is a chain")
     if not METHODS[base.method.name].fewer_steps:
@@ -107,7 +120,7 @@ def _rounds(name: str, spec: StageSpec) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _stage(recipe: ChainRecipe, name: str, spec: StageSpec, overrides: dict[str, Any], of: str | None) -> Stage:
     field = f"stages.{name}"
-    base = load_recipe(spec.recipe or "", {**spec.overrides, **overrides})
+    base = _base(name, spec, overrides)
     if isinstance(base, ChainRecipe):
         raise InputError(f"{field}.recipe", spec.recipe, "name a recipe of kind train or distill", problem="is a chain")
     placed: dict[str, Any] = {name: resolved(recipe)[name] for name in ("data", "seed", "device", "evaluation")}

@@ -18,7 +18,7 @@ from ..diffusion.guidance import Constant
 from ..diffusion.sampling import noise_source
 from ..engine.arm import Arm
 from ..engine.runtime import Runtime
-from ..errors import InputError, RunFailed
+from ..errors import InputError, RunFailed, install
 from ..evaluation.cost import measure_cost
 from ..evaluation.distances import PixelDistance
 from ..evaluation.diversity import nearest
@@ -96,7 +96,7 @@ def lora_config(spec: LoraSpec) -> Any:
         from peft import LoraConfig
     except ImportError as error:
         problem = f"needs a package that is missing ({error})"
-        raise InputError("lora", f"rank {spec.rank}", "pip install 'diffstill[lora]'", problem=problem) from None
+        raise InputError("lora", f"rank {spec.rank}", install("lora"), problem=problem) from None
     return LoraConfig(r=spec.rank, lora_alpha=spec.alpha, target_modules=list(spec.targets))
 
 

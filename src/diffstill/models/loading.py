@@ -20,7 +20,7 @@ from torch import Tensor
 from ..diffusion.prediction import PREDICTION_TYPES, PredictionType
 from ..diffusion.sampling import SamplerName
 from ..diffusion.schedule import NoiseSchedule
-from ..errors import InputError
+from ..errors import InputError, counted
 from ..pipelines.encode import EncodeScheduler
 from ..pipelines.renoise import RenoiseScheduler
 from ..pipelines.stochastic import StochasticJumpScheduler
@@ -108,6 +108,8 @@ def _why(error: Exception) -> str:
     return text if len(text) <= 160 else text[:157] + "..."
 
 
+UNREACHED = ("LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectTimeout")
+"""What the hub's client raises without a network, or where HF_HUB_OFFLINE is set."""
 PATTERNS = ("*.json", "*.safetensors", "*.py", "README.md", "grid.png")
 
 
@@ -132,7 +134,9 @@ def resolve(source: str, patterns: Sequence[str] = PATTERNS, ignore: Sequence[st
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns), ignore_patterns=list(ignore)))
     except Exception as error:  # the hub's client raises many kinds; each means the same to the user
-        problem = f"is no folder here, and the hub did not deliver it ({type(error).__name__})"
+        name = type(error).__name__
+        did = "could not be reached" if name in UNREACHED else f"did not deliver it ({name})"
+        problem = f"is no folder here, and the hub {did}"
         raise _bad(path, problem, "check the spelling and the network, or download the folder first") from error
 
 
@@ -231,7 +235,8 @@ def _classes(folder: Path, index: dict[str, Any], network: Any, has_null: bool) 
         and (family_of(network) is UNET2D or "num_classes" in index)
     ):
         if index.get("num_classes", 1) != 1 or index.get("guided", False):
-            raise _bad(folder, f"names {index.get('num_classes')} classes, and its network is unconditional")
+            named = counted(index.get("num_classes", 1), "class")
+            raise _bad(folder, f"names {named}, and its network is unconditional")
         return 1, False
     if rows < 2:
         raise _bad(folder, "is not class-conditional", "give a model with num_class_embeds")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..diffusion.prediction import PredictionType
 from ..diffusion.schedule import NoiseSchedule
-from ..errors import InputError
+from ..errors import InputError, install
 from .adapters.prompted_unet import PromptedUNet
 from .denoiser import Denoiser
 from .loading import PICKLES, load_schedule, not_finite, read_json, resolve
@@ -166,7 +166,7 @@ def _transformers(source: str, field: str) -> Any:
     try:
         import transformers
     except ImportError as error:
-        mend = "pip install 'diffstill[text]'"
+        mend = install("text")
         raise InputError(field, source, mend, problem=f"needs a package that is missing ({error})") from None
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()

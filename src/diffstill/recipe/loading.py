@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -49,7 +50,7 @@ def builtin_recipes() -> dict[str, str]:
     room = resources.files("diffstill") / "recipes"
     return {
         entry.name.removesuffix(".yaml"): entry.read_text(encoding="utf-8")
-        for entry in sorted(room.iterdir(), key=lambda e: e.name)
+        for entry in sorted(room.iterdir(), key=lambda e: e.name.removesuffix(".yaml"))
         if entry.name.endswith(".yaml")
     }
 
@@ -65,9 +66,24 @@ def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
     """
     tree = _tree(name, ())
     pairs = _flat(overrides) if isinstance(overrides, Mapping) else [_split(item) for item in overrides]
+    _check_stages(tree, [key for key, _ in pairs])
     for key, value in pairs:
         _put(tree, key, value)
     return parse_recipe(tree)
+
+
+def _check_stages(tree: Mapping[str, Any], keys: Sequence[str]) -> None:
+    """An override may add a stage, with its recipe or model; without, it is a misspelt one."""
+    known = tree.get("stages")
+    if not isinstance(known, dict):
+        return
+    for key in keys:
+        first, _, rest = key.partition(".")
+        name, _, part = rest.partition(".")
+        new = {f"stages.{name}.recipe", f"stages.{name}.model"} & set(keys)
+        if first == "stages" and part and name not in known and not new:
+            hint = nearest(name, known)
+            raise InputError.about(f"stages.{name}", f"no such stage{hint}; one of {', '.join(known)}")
 
 
 def parse_recipe(tree: Mapping[str, Any]) -> AnyRecipe:
@@ -129,8 +145,10 @@ def _tree(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
         except (OSError, UnicodeDecodeError) as error:
             raise InputError("recipe", name, f"give a readable YAML file ({error})", problem="cannot be read") from None
     else:
-        mend = f"give a YAML path or one of: {', '.join(builtin)}"
-        raise InputError("recipe", name, mend, problem=f"is not known{nearest(name, builtin)}")
+        near = get_close_matches(name, list(builtin), 3, 0.8)
+        hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+        mend = "see diffstill list recipes, or give a YAML path"
+        raise InputError("recipe", name, mend, problem=f"is not known{hint}")
     try:
         tree = yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -23,10 +23,11 @@ from ..diffusion.prediction import PredictionType
 from ..diffusion.sampling import ClipMode
 from ..diffusion.schedule import NoiseSchedule, Spacing, spaced_indices
 from ..engine.settings import TrainSettings
+from ..errors import InputError
 from ..evaluation import distances
 from ..methods import METHODS, Options
 from ..models.adapters import FAMILIES, guided_unet2d
-from .problems import nearest, one_line
+from .problems import Within, nearest, one_line
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Of recipes and arms: they become file names."""
@@ -54,6 +55,10 @@ NETWORKS: dict[str, dict[str, Any]] = {AS_TEACHER: guided_unet2d.OPTIONS} | {
 """Family -> its options and their defaults."""
 
 
+LISTS = ("block_out_channels", "attention_levels")
+"""Options that hold an entry a resolution level."""
+
+
 class NetworkSpec(BaseModel):
     """A network by family; all other keys are the family's options."""
 
@@ -77,7 +82,9 @@ class NetworkSpec(BaseModel):
         for key, value in (self.model_extra or {}).items():
             # Python takes true for 1, and a network of one group fails far from here.
             if any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value])):
-                raise ValueError(f"{key}: {value} is not usable; give a number")
+                raise Within(str(InputError(key, value, "give a number")))
+            if key in LISTS and not isinstance(value, (list, tuple)):
+                raise Within(str(InputError(key, value, f"give a list, e.g. [{value}, {value}]")))
         return self
 
     @property
@@ -104,7 +111,9 @@ class MethodSpec(BaseModel):
     @model_validator(mode="after")
     def _known(self) -> MethodSpec:
         if self.name not in METHODS:
-            raise ValueError(f"unknown method {self.name!r}{nearest(self.name, METHODS)}; one of {', '.join(METHODS)}")
+            near = nearest(self.name, METHODS)
+            own = "" if near else "; one of your own is known where its file is run (docs/own-method.md)"
+            raise ValueError(f"unknown method {self.name!r}{near}; one of {', '.join(METHODS)}{own}")
         self.build_options()
         return self
 
@@ -117,7 +126,14 @@ class MethodSpec(BaseModel):
         try:
             return options_class(**(self.model_extra or {}))
         except ValidationError as error:
-            raise ValueError(str(one_line(error))) from None
+            raise Within(str(one_line(error))) from None
+
+
+def _guidance(value: Any) -> str:
+    try:
+        return str(parse_guidance(value))
+    except ValueError as error:
+        raise ValueError(str(error).rpartition("; ")[2]) from None  # field and value are named beside it
 
     @model_serializer(mode="plain")
     def _whole(self, info: SerializationInfo) -> dict[str, Any]:
@@ -160,7 +176,12 @@ class EvaluationSpec(Section):
             value = [value]
         if not isinstance(value, (list, tuple)):
             return value
-        return tuple(str(parse_guidance(item)) for item in value)
+        return tuple(_guidance(item) for item in value)
+
+    @field_validator("seeds", "latency_batches", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if type(value) is int else value
 
     @field_validator("guidance", "seeds", mode="after")
     @classmethod
@@ -174,7 +195,7 @@ class EvaluationSpec(Section):
     @field_validator("default_guidance", mode="before")
     @classmethod
     def _one_guidance(cls, value: Any) -> Any:
-        return None if value is None else str(parse_guidance(value))
+        return None if value is None else _guidance(value)
 
     @field_validator("extractor")
     @classmethod

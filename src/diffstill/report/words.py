@@ -103,7 +103,7 @@ def tick(value: float) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """``8.31 ms``, ``41.4 s``, ``2 min 49 s``, ``1 h 02 min``."""
+    """``8.31 ms``, ``41.4 s``, ``2 min 49 s``, ``1 h 02 min``, ``3 d 04 h``."""
     if value is None or not math.isfinite(value):
         return MISSING
     if value < 1:
@@ -113,7 +113,10 @@ def seconds(value: float | None) -> str:
     minutes, rest = divmod(round(value), 60)
     if minutes < 60:
         return f"{minutes}{THIN}min {rest:02d}{THIN}s"
-    return f"{minutes // 60}{THIN}h {minutes % 60:02d}{THIN}min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours}{THIN}h {minutes:02d}{THIN}min"
+    return f"{hours // 24}{THIN}d {hours % 24:02d}{THIN}h"
 
 
 def percent(found: Estimate | None) -> str:

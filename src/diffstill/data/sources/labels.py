@@ -91,7 +91,8 @@ def _kept(names: tuple[str, ...], asked: tuple[str, ...] | None) -> list[int]:
     for name in (word[1:] if without else word for word in asked):
         if name not in names:
             near = difflib.get_close_matches(name, names, 3) or names[:10]
-            raise InputError("data.classes", name, f"use some of: {', '.join(near)}", problem="is no class of the data")
+            mend = f"use some of: {', '.join(near)}; or all, by data.classes=null"
+            raise InputError("data.classes", name, mend, problem="is no class of the data")
         found.append(names.index(name))
     if not without:
         return found

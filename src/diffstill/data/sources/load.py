@@ -174,6 +174,7 @@ def _few(labels: Mapping[str, Index], class_names: tuple[str, ...], shots: int, 
         known = int(counts[least])
         mend = f"there is 1; set data.shots={known}" if known == 1 else f"there are {known}"
         mend += f"; set data.shots={known}, or fewer" if known > 1 else ""
+        mend += ", or leave data.shots out"
         raise InputError("data.shots", shots, mend, problem=problem)
     few = class_ranks(numbers, spec.split_seed) < shots
     every["train"] = train[~few]

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import InputError
+from ...errors import InputError, install
 from .folder import SPLITS
 from .labels import checked_labels
 from .npz import by_split
@@ -162,7 +162,7 @@ def _pyarrow(field: str) -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        mend = "pip install 'diffstill[parquet]'"
+        mend = install("parquet")
         raise InputError(field, "parquet", mend, problem="needs pyarrow, which is not installed") from None
     return pyarrow, pyarrow.parquet
 
@@ -171,7 +171,7 @@ def _load(where: Location, cache_dir: Path | None) -> dict[str, Any]:
     try:
         import datasets
     except ImportError:
-        mend = "pip install 'diffstill[data]'"
+        mend = install("data")
         raise InputError(
             where.field, f"hub:{where.path}", mend, problem="needs datasets, which is not installed"
         ) from None
