@@ -359,7 +359,9 @@ def test_paths_that_are_no_folder_are_refused(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(InputError, match=message):
             load_model(tmp_path / name)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match=r"^model: 'owner/name' is no folder here, and the hub could not be reached; check"):
+    with pytest.raises(
+        InputError, match=r"^model: 'owner/name' is no folder here, and the hub could not be reached; check"
+    ):
         load_model("owner/name")
 
 
