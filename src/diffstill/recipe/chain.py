@@ -75,7 +75,7 @@ class ChainRecipe(Section):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     data: DataSpec
     stages: dict[str, StageSpec] = Field(
-        description="in their order; the first trains from data alone; null: not this one of the recipe that is extended"
+        description="in their order; the first trains from data alone; one set to null is left out"
     )
     result: str | None = Field(None, description="the stage that the report speaks of; null: the last")
     baselines: tuple[BaselineSpec, ...] = Field(
