@@ -310,6 +310,17 @@ def test_a_cut_off_evaluation_is_measured_again(done: Path) -> None:
     assert [json.loads(file.read_text())["name"] for file in mended] == ["steps-1"]
 
 
+def test_an_inherited_stage_can_be_left_out() -> None:
+    whole, part = (load_recipe("few-shot-fashion", more) for more in ([], ["stages.dmd2-then-finetune=null"]))
+    assert isinstance(whole, ChainRecipe)
+    assert isinstance(part, ChainRecipe)
+    assert list(part.stages) == [name for name in whole.stages if name != "dmd2-then-finetune"]
+    with pytest.raises(InputError, match=r"^stages.dmd: None leaves out no stage; use of source, finetune, "):
+        load_recipe("few-shot-fashion", ["stages.dmd=null"])
+    with pytest.raises(InputError, match="'dmd2' is no earlier stage"):
+        load_recipe("few-shot-fashion", ["stages.dmd2=null"])
+
+
 def test_a_recipe_of_a_stage_must_be_known() -> None:
     with pytest.raises(InputError, match="digits-guidde"):
         stages_of(ChainRecipe.model_validate({**CHAIN, "stages": {"a": {"recipe": "digits-guidde"}}}))

@@ -74,12 +74,20 @@ class ChainRecipe(Section):
     seed: int = Field(0, ge=0, lt=2**31, description="of every stage")
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     data: DataSpec
-    stages: dict[str, StageSpec] = Field(description="in their order; the first trains from data alone")
+    stages: dict[str, StageSpec] = Field(
+        description="in their order; the first trains from data alone; one set to null is left out"
+    )
     result: str | None = Field(None, description="the stage that the report speaks of; null: the last")
     baselines: tuple[BaselineSpec, ...] = Field(
         (), description="the first stage's model as it is, in few steps: 8, or {steps: 8, spacing: leading}"
     )
     evaluation: EvaluationSpec = EvaluationSpec()
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _left(cls, value: Any) -> Any:
+        """Without the stages that were set to null: an inherited one that is not wanted."""
+        return {k: v for k, v in value.items() if v is not None} if isinstance(value, dict) else value
 
     @field_validator("baselines", mode="before")
     @classmethod

@@ -68,6 +68,10 @@ def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
     pairs = _flat(overrides) if isinstance(overrides, Mapping) else [_split(item) for item in overrides]
     _check_stages(tree, [key for key, _ in pairs])
     for key, value in pairs:
+        first, _, stage = key.partition(".")
+        held = tree.get(first)
+        if first == "stages" and value is None and isinstance(held, dict) and stage not in held:
+            raise InputError(key, None, f"use of {', '.join(held)}", problem="leaves out no stage")
         _put(tree, key, value)
     return parse_recipe(tree)
 
