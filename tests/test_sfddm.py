@@ -540,7 +540,7 @@ def test_the_command_line_samples_and_evaluates_it(run: Path, tmp_path: Path) ->
         ("respace={steps: 1}", "respace: .*use trailing"),
         ("respace={steps: 4, timesteps: [1]}", "respace"),
         ("evaluation.steps=17", "evaluation.steps"),
-        ("method.trajectory_steps=0", "method: trajectory_steps: 0"),
+        ("method.trajectory_steps=0", "method.trajectory_steps: 0"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(

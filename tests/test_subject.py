@@ -132,7 +132,7 @@ def test_exactly_one_subject_is_trained_on(tiny_subjects: Path) -> None:
     assert subject_data(DataSpec(source=source, classes=("-cat2",), **kept), SIDE).class_names == ("dog6",)
     with pytest.raises(InputError, match=r"^data.classes: 'cat2, dog6' are 2 subjects; name exactly one"):
         subject_data(DataSpec(source=source), SIDE)
-    with pytest.raises(InputError, match=r"^data.unlabelled: True would mix"):
+    with pytest.raises(InputError, match=r"^data.unlabelled: true would mix"):
         subject_data(DataSpec(source=source, unlabelled=True), SIDE)
     with pytest.raises(InputError, match=r"^data.classes: .*dog7"):
         subject_data(DataSpec(source=source, classes=("dog7",)), SIDE)

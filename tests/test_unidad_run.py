@@ -104,7 +104,7 @@ def test_ten_digits_make_a_two_step_generator_that_plain_diffusers_draws(teacher
         (["method.target_teacher=frozen"], 2, "method.target_teacher: 'frozen' has no model; name the finished model"),
         (["method.taps=[nowhere]"], 2, "method.taps: 'nowhere'"),
         (["method.sigma_end=30"], 2, "method.sigma_end: 30.0 does not lie below sigma_max 10 and within the teacher's"),
-        (["method.target_weight=2"], 2, "method: target_weight: 2 is not usable"),
+        (["method.target_weight=2"], 2, "method.target_weight: 2 is not usable"),
         (["method.sigma_min=30"], 2, "method.sigma_min and sigma_max: '30 and 10' leave no levels between them"),
         (["method.guidance=2"], 2, "has no live null branch to learn from"),
         (
@@ -113,7 +113,7 @@ def test_ten_digits_make_a_two_step_generator_that_plain_diffusers_draws(teacher
             "training.teacher_reuse: 2 would only repeat batches: unidad keeps no",
         ),
         (["training.teacher_precision=bf16"], 2, "training.teacher_precision: 'bf16' is not training.precision"),
-        (["training.compile=true"], 2, "training.compile: True has nothing to compile"),
+        (["training.compile=true"], 2, "training.compile: true has nothing to compile"),
         (["roles={discriminator: here}"], 2, "roles.discriminator: no role that may start from a model of its own"),
     ],
 )

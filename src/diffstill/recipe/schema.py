@@ -128,17 +128,17 @@ class MethodSpec(BaseModel):
         except ValidationError as error:
             raise Within(str(one_line(error))) from None
 
+    @model_serializer(mode="plain")
+    def _whole(self, info: SerializationInfo) -> dict[str, Any]:
+        """With the options' defaults: a resolved recipe tells every number, and a changed default makes another run."""
+        return {"name": self.name, **self.build_options().model_dump(mode=info.mode)}
+
 
 def _guidance(value: Any) -> str:
     try:
         return str(parse_guidance(value))
     except ValueError as error:
         raise ValueError(str(error).rpartition("; ")[2]) from None  # field and value are named beside it
-
-    @model_serializer(mode="plain")
-    def _whole(self, info: SerializationInfo) -> dict[str, Any]:
-        """With the options' defaults: a resolved recipe tells every number, and a changed default makes another run."""
-        return {"name": self.name, **self.build_options().model_dump(mode=info.mode)}
 
 
 class EvaluationSpec(Section):
