@@ -100,7 +100,17 @@ def plan(root: Path, subject: list[str]) -> list[dict[str, Any]]:
         (unidad, 5),
         (unidad, None),
         (distill("digits-finetune", "source"), None),
-        (["distill", *subject, "training.teacher_precision=fp32", "--out", str(root / "subject")], None),
+        (
+            [
+                "distill",
+                *subject,
+                "training.precision=fp32",
+                "training.teacher_precision=fp32",
+                "--out",
+                str(root / "subject"),
+            ],
+            None,
+        ),
         (["sample", model("digits-dash"), "--guidance", "tag", "--steps", "4", "--out", str(root / "tag.npz")], None),
         (["inpaint", model("digits-dash"), *of, "--mask", "left", "--steps", "4", "--out", str(root / "in.png")], None),
         (["consistency", model("digits-sfddm"), "--teacher", model("teacher"), "--out", str(root / "as.png")], None),
