@@ -31,7 +31,7 @@ from diffstill.recipe import (
     resolved,
     to_yaml,
 )
-from diffstill.recipe.schema import NETWORKS
+from diffstill.recipe.named import NETWORKS
 
 NAMES = sorted(builtin_recipes())
 IMAGES = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from ..engine.settings import TrainSettings
 from ..errors import InputError, counted
 from ..methods import METHODS, Curriculum, Method, Setting
 from ..models.adapters import FAMILIES, family_of, guided_unet2d, unwrap, with_scale_input
+from ..models.adapters.unet2d import in_form_of
 from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
 from ..models.lineage import Lineage
 from ..models.loading import COMPONENTS
-from ..models.students import in_form_of, inherit
+from ..models.students import inherit
 from ..recipe import AS_TEACHER, ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, RespaceSpec, TrainRecipe
 from ..recipe.problems import one_line
 
@@ -45,6 +47,14 @@ class Teacher:
     """False for one without a live null branch."""
 
 
+@contextmanager
+def _seeded(seed: int, stream: str) -> Iterator[None]:
+    """What is drawn inside is a pure function of the seed; torch's generator is afterwards as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(seed, stream))
+        yield
+
+
 def build_network(
     spec: NetworkSpec, shape: tuple[int, int, int], num_classes: int, seed: int, field: str = "network"
 ) -> nn.Module:
@@ -53,8 +63,7 @@ def build_network(
     Raises:
         InputError: where the options do not fit each other or the images.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(seed, "init"))
+    with _seeded(seed, "init"):
         try:
             return FAMILIES[spec.family].build(sample_shape=shape, num_classes=num_classes, **spec.options)
         except InputError:
@@ -93,7 +102,8 @@ def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed
     else:
         network = build_network(spec, shape, classes, seed, "student")
         if init != "fresh":
-            network = in_form_of(teacher.network, network)
+            with _seeded(seed, "init"):
+                network = in_form_of(teacher.network, network)
             inherit(teacher.network, network, select="magnitude" if init == "magnitude" else "first")
     student = Denoiser(network, teacher.schedule, classes, shape, teacher.prediction_type)
     if family_of(network).takes_scale(network):
@@ -115,8 +125,7 @@ def _as_teacher(spec: NetworkSpec, teacher: Denoiser, scale_input: bool, init: s
         mend = f"name a family: {', '.join(COMPONENTS)}"
         raise InputError("student.family", spec.family, mend, problem="cannot be built again")
     if init == "fresh":
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(seed, "init"))
+        with _seeded(seed, "init"):
             network = type(network).from_config(network.config)
     else:
         network = copy.deepcopy(network)
@@ -133,8 +142,7 @@ def _as_teacher(spec: NetworkSpec, teacher: Denoiser, scale_input: bool, init: s
 
 def build_method(spec: MethodSpec, setting: Setting, seed: int = 0) -> Method:
     """A method; what it initialises itself (a projector, say) is a pure function of ``seed``."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(seed, "method"))
+    with _seeded(seed, "method"):
         made = METHODS[spec.name](setting, spec.build_options())
     if setting.teacher is not None:
         _check_branches(spec, made.teacher_needs, setting.teacher)

@@ -41,16 +41,6 @@ MUST_EQUAL = (
     "add_attention",
     "resnet_time_scale_shift",
 )
-FORM = (
-    "act_fn",
-    "center_input_sample",
-    "freq_shift",
-    "flip_sin_to_cos",
-    "downsample_padding",
-    "mid_block_scale_factor",
-    "norm_eps",
-)
-"""What a recipe does not say and a foreign teacher may have otherwise: a student that inherits takes it over."""
 SCALE_OPTIONS = ("guidance_embed_dim", "guidance_embed_type")
 OPTIONS = "build teacher and student from the options of the unet2d family"
 SCALE = "class_embedding.scale.weight"
@@ -75,20 +65,6 @@ class Inheritance:
     def __str__(self) -> str:
         share = self.parameters / self.teacher_parameters
         return f"{self.parameters:,} of {self.teacher_parameters:,} parameters ({share:.1%}), channels by {self.select}"
-
-
-def in_form_of(teacher: nn.Module, student: nn.Module) -> nn.Module:
-    """The student, or where its teacher differs in ``FORM``, one built anew with the teacher's. Its weights are not
-    its seed's then: they are for ``inherit`` to overwrite."""
-    big, small = unwrap(teacher), unwrap(student)
-    if not (isinstance(big, UNet2DModel) and isinstance(small, UNet2DModel)):
-        return student
-    form = {name: big.config[name] for name in FORM}
-    if all(small.config[name] == value for name, value in form.items()):
-        return student
-    with torch.random.fork_rng(devices=[]):
-        made: nn.Module = type(small).from_config({**small.config, **form})
-    return made
 
 
 def inherit(teacher: nn.Module, student: nn.Module, *, select: Select = "first") -> Inheritance:

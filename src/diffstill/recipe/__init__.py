@@ -11,15 +11,13 @@ from .loading import (
     resolved,
     to_yaml,
 )
+from .named import AS_TEACHER, MethodSpec, NetworkSpec
 from .schema import (
-    AS_TEACHER,
     ArenaSpec,
     ArmSpec,
     DistillRecipe,
     EvaluationSpec,
     LoraSpec,
-    MethodSpec,
-    NetworkSpec,
     PromptSpec,
     RespaceSpec,
     ScheduleSpec,

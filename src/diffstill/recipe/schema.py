@@ -5,17 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializationInfo,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    field_validator,
-    model_serializer,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from ..data.sources import DataSpec
 from ..diffusion.guidance import parse_guidance
@@ -23,11 +13,9 @@ from ..diffusion.prediction import PredictionType
 from ..diffusion.sampling import ClipMode
 from ..diffusion.schedule import NoiseSchedule, Spacing, spaced_indices
 from ..engine.settings import TrainSettings
-from ..errors import InputError
 from ..evaluation import distances
-from ..methods import METHODS, Options
-from ..models.adapters import FAMILIES, guided_unet2d
-from .problems import Within, nearest, one_line
+from ..methods import METHODS
+from .named import AS_TEACHER, MethodSpec, NetworkSpec
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Of recipes and arms: they become file names."""
@@ -45,93 +33,6 @@ class ScheduleSpec(Section):
 
     def build(self) -> NoiseSchedule:
         return NoiseSchedule.create(self.name, self.num_train_timesteps)
-
-
-AS_TEACHER = "teacher"
-"""The family of a student that is built as its teacher is, and takes the guidance scale where its method needs that."""
-NETWORKS: dict[str, dict[str, Any]] = {AS_TEACHER: guided_unet2d.OPTIONS} | {
-    name: family.options for name, family in sorted(FAMILIES.items(), reverse=True)
-}
-"""Family -> its options and their defaults."""
-
-
-LISTS = ("block_out_channels", "attention_levels")
-"""Options that hold an entry a resolution level."""
-
-
-class NetworkSpec(BaseModel):
-    """A network by family; all other keys are the family's options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    family: str = Field(
-        "unet2d", description="unet2d, guided_unet2d, unet2d_condition, dit, or teacher: built as the teacher is"
-    )
-    init: Literal["fresh", "inherit", "magnitude"] | None = Field(
-        None, description="how a student starts; null: as its method says (fresh, for most)"
-    )
-
-    @model_validator(mode="after")
-    def _known(self) -> NetworkSpec:
-        if self.family not in NETWORKS:
-            raise ValueError(f"unknown family {self.family!r}; one of {', '.join(NETWORKS)}")
-        known = NETWORKS[self.family]
-        for key in self.model_extra or {}:
-            if key not in known:
-                raise ValueError(f"unknown key {key!r}{nearest(key, known)}; {self.family} knows {', '.join(known)}")
-        for key, value in (self.model_extra or {}).items():
-            # Python takes true for 1, and a network of one group fails far from here.
-            if any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value])):
-                raise Within(str(InputError(key, value, "give a number")))
-            if key in LISTS and not isinstance(value, (list, tuple)):
-                raise Within(str(InputError(key, value, f"give a list, e.g. [{value}, {value}]")))
-        return self
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-    @model_serializer(mode="wrap")
-    def _whole(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """With the family's defaults, so that a resolved recipe tells every option; a copied network has none."""
-        given: dict[str, Any] = dump(self)
-        if self.family == AS_TEACHER:
-            return given
-        defaults = {key: list(v) if isinstance(v, tuple) else v for key, v in NETWORKS[self.family].items()}
-        return {**given, **defaults, **self.options}
-
-
-class MethodSpec(BaseModel):
-    """A method by name; all other keys are its options."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    name: str
-
-    @model_validator(mode="after")
-    def _known(self) -> MethodSpec:
-        if self.name not in METHODS:
-            near = nearest(self.name, METHODS)
-            own = "" if near else "; one of your own is known where its file is run (docs/own-method.md)"
-            raise ValueError(f"unknown method {self.name!r}{near}; one of {', '.join(METHODS)}{own}")
-        self.build_options()
-        return self
-
-    def build_options(self) -> Options:
-        options_class = METHODS[self.name].options_class
-        for key in self.model_extra or {}:
-            if key not in options_class.model_fields:
-                known = ", ".join(options_class.model_fields)
-                raise ValueError(f"unknown key {key!r}{nearest(key, known.split(', '))}; {self.name} knows {known}")
-        try:
-            return options_class(**(self.model_extra or {}))
-        except ValidationError as error:
-            raise Within(str(one_line(error))) from None
-
-    @model_serializer(mode="plain")
-    def _whole(self, info: SerializationInfo) -> dict[str, Any]:
-        """With the options' defaults: a resolved recipe tells every number, and a changed default makes another run."""
-        return {"name": self.name, **self.build_options().model_dump(mode=info.mode)}
 
 
 def _guidance(value: Any) -> str:

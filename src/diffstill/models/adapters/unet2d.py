@@ -10,6 +10,17 @@ from torch import Tensor, nn
 
 from .base import Family, unwrap
 
+FORM = (
+    "act_fn",
+    "center_input_sample",
+    "freq_shift",
+    "flip_sin_to_cos",
+    "downsample_padding",
+    "mid_block_scale_factor",
+    "norm_eps",
+)
+"""What a recipe does not say and a foreign teacher may have otherwise: a student that inherits takes it over."""
+
 
 def build(
     *,
@@ -62,6 +73,18 @@ def build(
         attention_head_dim=attention_head_dim,
         num_class_embeds=num_classes + 1 if num_classes > 1 else None,
     )
+
+
+def in_form_of(teacher: nn.Module, student: nn.Module) -> nn.Module:
+    """The student, or one built anew where its teacher differs in ``FORM``."""
+    big, small = unwrap(teacher), unwrap(student)
+    if not (isinstance(big, UNet2DModel) and isinstance(small, UNet2DModel)):
+        return student
+    form = {name: big.config[name] for name in FORM}
+    if all(small.config[name] == value for name, value in form.items()):
+        return student
+    made: nn.Module = type(small).from_config({**small.config, **form})
+    return made
 
 
 def call(network: nn.Module, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
