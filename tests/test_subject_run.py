@@ -36,7 +36,7 @@ from diffstill.diffusion.sampling import image_noise
 from diffstill.errors import InputError
 from diffstill.evaluation.sampling import draw
 from diffstill.jobs.finish import GRID_SEED
-from diffstill.jobs.subject import Prepared, pictures
+from diffstill.jobs.subject import Prepared, _doubts, pictures
 from diffstill.models.lineage import Ancestor, DataRef, Lineage
 from diffstill.models.pipeline_folder import LORA, load_subject, save_pipeline
 from diffstill.models.text_to_image import load_pipeline
@@ -132,6 +132,13 @@ def test_a_run_leaves_a_folder_a_receipt_and_a_report(run: Run, tiny_pipeline: P
         assert (run.model / part / name).read_bytes() == (tiny_pipeline / part / name).read_bytes()
     assert "a prt dog" in (run.model / "README.md").read_text(encoding="utf-8")
     assert main(["report", str(run.path)]) == 0
+
+
+def test_a_source_teacher_that_is_shown_the_subjects_prompt_is_warned_of(tiny_subject: list[str]) -> None:
+    for source, warned in (("a prt dog", True), ("a dog", False)):
+        doubts = _doubts(recipe_of(tiny_subject, f"prompts.source={source}"))
+        assert bool(doubts) == warned
+        assert all("was shown the subject's own prompt ('a prt dog')" in line for line in doubts)
 
 
 def test_a_finished_run_is_not_done_again(

@@ -302,6 +302,17 @@ def test_no_checkpoint_is_of_a_training_that_has_diverged(tmp_path: Path) -> Non
     assert saved.images_seen == trainer.images_seen - BATCH, "the step before was still good"
 
 
+def test_a_checkpoint_asks_the_last_update_whatever_its_micro_batches(tmp_path: Path) -> None:
+    trainer = Roles(source(), steps=1, student_every=1).trainer(tmp_path, micro_batch=2, log_every=1)
+    trainer.run()
+    arm, asked = trainer.arms[0], []
+    arm.method.fault = lambda means: asked.append(dict(means))  # type: ignore[method-assign,assignment,func-returns-value]
+    assert arm.fault() is None
+    last = records(tmp_path)[-1]
+    assert asked[0]["pixel"] == pytest.approx(last["pixel"], rel=1e-5)
+    assert asked[0]["loss"] == pytest.approx(last["target_loss"], rel=1e-5), "the last of its phases"
+
+
 # ------------------------------------------------------------------------------------------------------- the rules
 
 
