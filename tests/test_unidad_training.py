@@ -300,6 +300,7 @@ def test_no_checkpoint_is_of_a_training_that_has_diverged(tmp_path: Path) -> Non
     saved, _ = load_latest(tmp_path / "checkpoints")
     assert saved is not None
     assert saved.images_seen == trainer.images_seen - BATCH, "the step before was still good"
+    assert trainer.images_seen < 30 * BATCH, "long before the log point"
 
 
 def test_a_checkpoint_asks_the_last_update_whatever_its_micro_batches(tmp_path: Path) -> None:
