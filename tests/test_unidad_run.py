@@ -134,6 +134,14 @@ def test_what_cannot_be_ends_in_one_line(
         assert not (out / "receipt.json").exists()
 
 
+def test_guidance_of_a_teacher_yet_to_be_trained_is_refused_before_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["distill", "digits-unidad", "method.guidance=2", "--out", str(tmp_path / "run"), "--quiet"]) == 2
+    assert "has no live null branch to learn from; leave its null branch alone" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_role_must_know_the_teachers_noise_levels(teacher: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
