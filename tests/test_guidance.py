@@ -65,7 +65,9 @@ def test_interval_is_half_open_and_conditional_outside() -> None:
         (" 1.5 ", Constant(1.5)),
         (3, Constant(3.0)),
         (0.0, Constant(0.0)),
+        ("-1", Constant(-1.0)),
         ("tag", TAG(1.0, 4.0, 5.0)),
+        ("tag:1.5", TAG(1.5, 4.0, 5.0)),
         ("tag:1,3,8", TAG(1.0, 3.0, 8.0)),
         ("interval:3", Interval(3.0, 0.0, 1.0)),
         ("interval:3,0.2,0.8", Interval(3.0, 0.2, 0.8)),
@@ -79,8 +81,7 @@ def test_what_is_understood(text: str, made: GuidanceSchedule) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "two", "2,3", "tag:a", "tag:4", "tag:1,4", "tag:1,2,3,4",
-     "interval", "interval:", "interval:3,0,1,2", "2:3", "tag:1,,5",
+    ["", "two", "2,3", "tag:a", "tag:1,2,3,4", "interval", "interval:", "interval:3,0,1,2", "2:3", "tag:1,,5",
      "nan", "inf", "tag:nan", "interval:3,-inf,1", "TAG", "tag 1", "4x", ":", "2\n3", "tag:1,4,5:6"],
 )  # fmt: skip
 def test_what_is_not_understood_is_named_in_one_line_with_the_forms(text: str) -> None:
@@ -90,12 +91,6 @@ def test_what_is_not_understood_is_named_in_one_line_with_the_forms(text: str) -
     assert repr(text) in message
     assert "use a number such as 2, tag, tag:1,4,5 or interval:3,0.2,0.8" in message
     assert "\n" not in message
-
-
-@pytest.mark.parametrize("text", ["-1", "tag:1,-4,5", "interval:-3,0.2,0.8"])
-def test_scales_below_zero_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=f"^guidance '{text}' leads away from what is asked for; use 0 or more$"):
-        parse_guidance(text)
 
 
 GRAMMAR = st.text(alphabet="taginervl:,.+-e_ " + string.digits, max_size=24)

@@ -82,7 +82,7 @@ def parse_guidance(text: Union[str, float, GuidanceSchedule]) -> GuidanceSchedul
     name, _, rest = str(text).strip().partition(":")
     try:
         numbers = [float(part) for part in rest.split(",")] if rest else []
-        if name == "tag" and len(numbers) in (0, 3):
+        if name == "tag" and len(numbers) <= 3:
             made: GuidanceSchedule = TAG(*numbers)
         elif name == "interval" and 1 <= len(numbers) <= 3:
             made = Interval(*numbers)
@@ -94,6 +94,4 @@ def parse_guidance(text: Union[str, float, GuidanceSchedule]) -> GuidanceSchedul
         raise ValueError(f"guidance {text!r} is not understood; {forms}") from None
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError(f"guidance {text!r} is not finite; {forms}")
-    if any(scale < 0 for scale in numbers[: 2 if name == "tag" else 1]):
-        raise ValueError(f"guidance {text!r} leads away from what is asked for; use 0 or more")
     return made

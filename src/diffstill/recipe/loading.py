@@ -66,26 +66,22 @@ def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
     """
     tree = _tree(name, ())
     pairs = _flat(overrides) if isinstance(overrides, Mapping) else [_split(item) for item in overrides]
-    _check_stages(tree, [key for key, _ in pairs])
+    _check_stages(tree, pairs)
     for key, value in pairs:
-        first, _, stage = key.partition(".")
-        held = tree.get(first)
-        if first == "stages" and value is None and isinstance(held, dict) and stage not in held:
-            raise InputError(key, None, f"use of {', '.join(held)}", problem="leaves out no stage")
         _put(tree, key, value)
     return parse_recipe(tree)
 
 
-def _check_stages(tree: Mapping[str, Any], keys: Sequence[str]) -> None:
-    """An override may add a stage, with its recipe or model; without, it is a misspelt one."""
-    known = tree.get("stages")
+def _check_stages(tree: Mapping[str, Any], pairs: Sequence[tuple[str, Any]]) -> None:
+    """An override may add a stage, with its recipe or model; one that does not, or leaves it out, is misspelt."""
+    known, given = tree.get("stages"), {key for key, _ in pairs}
     if not isinstance(known, dict):
         return
-    for key in keys:
+    for key, value in pairs:
         first, _, rest = key.partition(".")
         name, _, part = rest.partition(".")
-        new = {f"stages.{name}.recipe", f"stages.{name}.model"} & set(keys)
-        if first == "stages" and part and name not in known and not new:
+        new = {f"stages.{name}.recipe", f"stages.{name}.model"} & given
+        if first == "stages" and (part or value is None) and name not in known and not new:
             hint = nearest(name, known)
             raise InputError.about(f"stages.{name}", f"no such stage{hint}; one of {', '.join(known)}")
 
