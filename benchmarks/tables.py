@@ -332,7 +332,9 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "few shot fashion": few_shot("few-shot-fashion.json", 1),
     "few shot fashion three steps": few_shot("few-shot-fashion-3.json", 3),
-    "few shot fashion by number": few_shot_by_number({5: "few-shot-fashion-5.json", 10: "few-shot-fashion.json"}),
+    "few shot fashion by number": few_shot_by_number(
+        {1: "few-shot-fashion-1.json", 5: "few-shot-fashion-5.json", 10: "few-shot-fashion.json"}
+    ),
     "few shot fashion far": few_shot("few-shot-fashion-far.json", 1),
     "few shot fashion fixed": few_shot("few-shot-fashion-fixed.json", 1),
     "few shot fashion far fixed": few_shot("few-shot-fashion-far-fixed.json", 1),
