@@ -157,6 +157,51 @@ def test_a_role_must_know_the_teachers_noise_levels(teacher: Path, tmp_path: Pat
     prepare_student(student, data, blank_teacher(student, data))  # it is asked at its own steps alone
 
 
+def other_model(folder: Path, *changes: str) -> Path:
+    """The teacher's recipe with changes, trained for one step."""
+    assert (
+        main(["train", "digits-teacher", *TEACHER, "training.images=32", *changes, "--out", str(folder), "--quiet"])
+        == 0
+    )
+    return folder / "model"
+
+
+def test_a_student_may_be_smaller_than_its_teachers_and_critic(teacher: Path, tmp_path: Path) -> None:
+    small = other_model(tmp_path / "small", "network.block_out_channels=[8, 8]")
+    roles, run = f"roles={{student: {small}}}", tmp_path / "run"
+    assert main(["distill", recipe(teacher, tmp_path), roles, "--out", str(run), "--quiet"]) == 0
+    made, start, source = (load_model(folder).denoiser.network for folder in (run / "model", small, teacher))
+    pairs = list(zip(made.parameters(), start.parameters(), strict=True))
+    assert all(a.shape == b.shape and not torch.equal(a, b) for a, b in pairs)
+    count = sum(p.numel() for p in made.parameters())
+    assert count < sum(p.numel() for p in source.parameters()) / 2
+    receipt = Receipt.load(run / "receipt.json")
+    assert receipt.models["student"].cost.parameters == count
+    (images,) = plain_diffusers(run, ["model"], [0, 0, 0], 7, {"default": {}}).values()
+    assert images.std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("data.unlabelled=false", "'a model of classes 10' does not fit the teacher; use one of classes 1"),
+        (
+            "prediction_type=v_prediction",
+            "'a model of prediction v_prediction' does not fit the teacher; use one of prediction epsilon",
+        ),
+        ("data.size=16", "'a model of images (1, 16, 16)' does not fit the teacher; use one of images (1, 8, 8)"),
+    ],
+)
+def test_a_role_must_be_a_model_of_the_same_thing(
+    teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: str, says: str
+) -> None:
+    other = other_model(tmp_path / "other", change)
+    capsys.readouterr()
+    told = ["distill", recipe(teacher, tmp_path), f"roles.critic={other}", "--out", str(tmp_path / "run"), "--quiet"]
+    assert main(told) == 2
+    assert capsys.readouterr().err.strip() == f"diffstill: roles.critic: {says}"
+
+
 # ---------------------------------------------------------------------------------------------- eight modes (T20)
 
 SCHEDULE = NoiseSchedule.create("linear", 1000)

@@ -202,15 +202,23 @@ def same_network(a: nn.Module, b: nn.Module) -> bool:
 
 
 def check_roles(roles: Mapping[str, Denoiser], teacher: Denoiser) -> None:
-    """What a role starts from must be a network like the teacher's.
+    """What a role starts from may be of another size than the teacher, but must be a model of the same thing.
 
     Raises:
-        InputError: another architecture or prediction.
+        InputError: other images, classes, prediction or noise levels, or a network that takes the guidance scale.
     """
     for role, model in roles.items():
-        field, mend = f"roles.{role}", "use a model that was made from the teacher"
-        if not same_network(model.network, teacher.network) or model.prediction_type != teacher.prediction_type:
-            raise InputError(field, "a model of another network", mend, problem="does not fit the teacher")
+        field, problem = f"roles.{role}", "does not fit the teacher"
+        if model.takes_scale:
+            mend = "use a model with two branches"
+            raise InputError(field, "a model that takes the guidance scale", mend, problem=problem)
+        for what, mine, wanted in (
+            ("images", f"{model.sample_shape}", f"{teacher.sample_shape}"),
+            ("classes", f"{model.num_classes}", f"{teacher.num_classes}"),
+            ("prediction", model.prediction_type, teacher.prediction_type),
+        ):
+            if mine != wanted:
+                raise InputError(field, f"a model of {what} {mine}", f"use one of {what} {wanted}", problem=problem)
         check_levels(role, model.schedule, teacher.whole[0].schedule)
 
 
