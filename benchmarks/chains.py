@@ -91,17 +91,23 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--splits", type=int, nargs="+", help="data.split_seed of each seed, for other images each")
     parser.add_argument("--runs", type=Path, default=Path("runs/chains"))
     parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
+    if asked.splits is not None and len(asked.splits) != asked.seeds:
+        parser.error(f"--splits: {len(asked.splits)} of them for {asked.seeds} seeds; give one a seed")
+    own = [[f"data.split_seed={split}"] for split in asked.splits or []] or [[]] * asked.seeds
     receipts = [
-        run(asked.recipe, asked.overrides, seed, asked.runs / f"{asked.recipe}-{seed}") for seed in range(asked.seeds)
+        run(asked.recipe, [*asked.overrides, *own[seed]], seed, asked.runs / f"{asked.recipe}-{seed}")
+        for seed in range(asked.seeds)
     ]
     told = receipts[0]
     written = {
         "recipe": asked.recipe,
         "overrides": asked.overrides,
         "seeds": asked.seeds,
+        "splits": asked.splits,
         "environment": told.environment.model_dump(mode="json"),
         "protocol": told.protocol.model_dump(mode="json") if told.protocol else None,
         "models": summary(receipts),

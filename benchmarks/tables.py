@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from cifar10_results import aims_table
 from cifar10_results import table as models_table
+from few_shot_tables import TENS, aims, by_number, by_way, cost, duels, smaller
+from result_files import RESULTS, cell, chain_models, scaled
 
-from diffstill.evaluation.results import Estimate
 from diffstill.report import words
 from diffstill.report.arena import ArenaArm, ArenaResult, Budget, best_fd, fidelity, markdown_table, seconds
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
 DOCS = ("dash", "decisions", "guided", "chain", "sfddm", "unidad", "cifar10")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 MARKED = re.compile(r"<!-- begin: measured ([\w -]+) -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -108,7 +108,7 @@ def variants(file: str, labels: dict[str, str], columns: dict[str, tuple[str, fl
 
         def cell(name: str, figure: str, factor: float) -> str:
             row = found[name][figure]
-            mean, apart = (_scaled(row[key], factor) for key in ("mean", "difference"))
+            mean, apart = (scaled(row[key], factor) for key in ("mean", "difference"))
             first = name == next(iter(labels))
             return words.plus_minus(mean) + ("" if first else f" ({words.plus_minus(apart, signed=True)})")
 
@@ -118,11 +118,6 @@ def variants(file: str, labels: dict[str, str], columns: dict[str, tuple[str, fl
     return made
 
 
-def _scaled(estimate: dict[str, Any], factor: float) -> Estimate:
-    parts = {key: None if estimate[key] is None else factor * estimate[key] for key in ("value", "low", "high")}
-    return Estimate(**parts, level=estimate["level"])
-
-
 STUDENT: dict[str, tuple[str, float]] = {
     "teacher, best FD-digits": ("teacher best fd", 1),
     "student, best FD-digits": ("student best fd", 1),
@@ -130,18 +125,6 @@ STUDENT: dict[str, tuple[str, float]] = {
     "gap ratio": ("student ratio", 1),
     "gap cosine": ("student cosine", 1),
 }
-
-
-def chain_models(file: str) -> dict[str, Any]:
-    """The models of a chain over several seeds, as ``chains.py`` writes them."""
-    found: dict[str, Any] = json.loads((RESULTS / file).read_text(encoding="utf-8"))["models"]
-    return found
-
-
-def cell(model: dict[str, Any], figure: str, factor: float = 1) -> str:
-    """Mean over the seeds with half a 95% t-interval; a dash where it was not measured."""
-    found = model["figures"].get(figure)
-    return words.plus_minus(_scaled({**found["mean"], "level": 0.95}, factor)) if found else words.MISSING
 
 
 def guided_grid() -> str:
@@ -206,82 +189,6 @@ def sfddm() -> str:
     )
 
 
-FEW_SHOT = {
-    "shots-replicated": "the ten images, repeated",
-    "source@{}-renoise": "source model in as few steps (do nothing)",
-    "finetune": "fine-tuning",
-    "finetune@{}-renoise": "fine-tuning, in as few steps",
-    "dmd2-then-finetune": "DMD2 in the source domain, then fine-tuning",
-    "finetune-then-dmd2": "fine-tuning, then DMD2",
-    "unidad": "Uni-DAD",
-    "no-target-teacher": "without target teacher",
-    "single-head": "with a single head",
-    "dmd-only": "matching to the source alone",
-    "gan-only": "GAN alone",
-}
-
-
-def few_shot(file: str, steps: int) -> Callable[[], str]:
-    """Ways from ten images to a generator: distance, diversity, copies and forgetting side by side."""
-
-    def made() -> str:
-        models = chain_models(file)
-        known = {name.format(steps): label for name, label in FEW_SHOT.items() if name.format(steps) in models}
-
-        return _few_shot_table([""], [([label], models[name]) for name, label in known.items()])
-
-    return made
-
-
-def _few_shot_table(header: list[str], rows: list[tuple[list[str], dict[str, Any]]]) -> str:
-    """With the distance in pixels where all rows have it: older runs have not."""
-    at = [next(name.split()[0] for name in model["figures"] if name.startswith("s=")) for _, model in rows]  # its one
-    pixels = all(model["figures"].get(f"{s} fd_pixels") for s, (_, model) in zip(at, rows, strict=True))
-    header = [*header, "NFE", "FD", *(["FD-pixels"] if pixels else [])]
-    header += ["diversity, % of real", "copies, %", "FD to the source"]
-    told = []
-    for s, (labels, model) in zip(at, rows, strict=True):
-        distances = [cell(model, f"{s} {figure}") for figure in ("fd", *(["fd_pixels"] if pixels else []))]
-        percent = [cell(model, f"{s} {figure}", 100) for figure in ("diversity_share", "memorised")]
-        nfe = str(model["nfe"]) if model["nfe"] else words.MISSING
-        told.append([*labels, nfe, *distances, *percent, cell(model, f"{s} source_fd")])
-    return words.markdown(header, told)
-
-
-def few_shot_by_number(files: Mapping[int, str]) -> Callable[[], str]:
-    """The same by the number of images."""
-
-    def made() -> str:
-        rows = [
-            ([str(shots), FEW_SHOT[name.replace("@1", "@{}")]], models[name])
-            for shots, file in files.items()
-            for models in [chain_models(file)]
-            for name in ("finetune@1-renoise", "unidad")
-        ]
-        return _few_shot_table(["images", ""], rows)
-
-    return made
-
-
-def few_shot_cost() -> str:
-    """What each way costs to train beside plain fine-tuning."""
-    ways = json.loads((RESULTS / "few-shot-cost.json").read_text(encoding="utf-8"))["ways"]
-
-    def row(way: str, found: dict[str, Any]) -> list[str]:
-        step, memory = found["step / plain"], found["memory / plain"]
-        return [
-            way,
-            f"{step['median']:.2f}x [{step['low']:.2f}, {step['high']:.2f}]",
-            f"{found['training_s'] / ways['fine-tuning']['training_s']:.1f}x",
-            f"{memory['median']:.2f}x [{memory['low']:.2f}, {memory['high']:.2f}]",
-            f"{found['peak_mb']:.0f} MB",
-        ]
-
-    rows = sorted(ways.items(), key=lambda item: item[1]["step_s"])
-    header = ["", "a step, of fine-tuning's", "whole training", "memory", "peak"]
-    return words.markdown(header, [row(way, found) for way, found in rows])
-
-
 def cifar10(made: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
     """A table of ``cifar10.py``'s results; a line where there are none yet."""
 
@@ -325,23 +232,29 @@ TABLES: dict[str, Callable[[], str]] = {
         {"default": "mean of three runs, each with its own teacher"},
         STUDENT,
     ),
-    "few shot": few_shot("few-shot-digits.json", 1),
-    "few shot far": few_shot("few-shot-digits-far.json", 1),
-    "few shot by number": few_shot_by_number(
+    "few shot": by_way("few-shot-digits.json", 1),
+    "few shot far": by_way("few-shot-digits-far.json", 1),
+    "few shot by number": by_number(
         {1: "few-shot-digits-1.json", 5: "few-shot-digits-5.json", 10: "few-shot-digits.json"}
     ),
-    "few shot fashion": few_shot("few-shot-fashion.json", 1),
-    "few shot fashion three steps": few_shot("few-shot-fashion-3.json", 3),
-    "few shot fashion by number": few_shot_by_number(
+    "few shot fashion": by_way("few-shot-fashion.json", 1),
+    "few shot fashion three steps": by_way("few-shot-fashion-3.json", 3),
+    "few shot fashion three steps slow": by_way("few-shot-fashion-3-slow.json", 3),
+    "few shot fashion by number": by_number(
         {1: "few-shot-fashion-1.json", 5: "few-shot-fashion-5.json", 10: "few-shot-fashion.json"}
     ),
-    "few shot fashion far": few_shot("few-shot-fashion-far.json", 1),
-    "few shot fashion fixed": few_shot("few-shot-fashion-fixed.json", 1),
-    "few shot fashion far fixed": few_shot("few-shot-fashion-far-fixed.json", 1),
-    "few shot cost": few_shot_cost,
+    "few shot fashion far": by_way("few-shot-fashion-far.json", 1),
+    "few shot fashion fixed": by_way("few-shot-fashion-fixed.json", 1),
+    "few shot fashion far fixed": by_way("few-shot-fashion-far-fixed.json", 1),
+    "few shot fashion tens": by_way("few-shot-fashion-tens.json", names=TENS),
+    "few shot small": smaller("few-shot-digits-small.json"),
+    "few shot fashion small": smaller("few-shot-fashion-small.json"),
+    "few shot aims": aims,
+    "few shot duels": duels,
+    "few shot cost": cost,
     "cifar10": cifar10(models_table),
     "cifar10 aims": cifar10(aims_table),
-    "few shot three steps": few_shot("few-shot-digits-3.json", 3),
+    "few shot three steps": by_way("few-shot-digits-3.json", 3),
     "student": variants(
         "digits-student.json",
         {"default": "as the recipe says", "reuse2": "`teacher_reuse: 2`", "fp32-teacher": "`teacher_precision: fp32`"},

@@ -38,6 +38,7 @@ IMAGES = {
     "dash-cifar100": ((3, 32, 32), 100),
     "dash-cifar10": ((3, 32, 32), 10),
     "fashion-mnist": ((1, 28, 28), 10),
+    "fashion-source": ((1, 16, 16), 1),
     "digits": ((1, 8, 8), 10),
 }
 """Shape and classes by the beginning of a recipe's name; longer beginnings first."""
