@@ -248,7 +248,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "few shot fashion far fixed": by_way("few-shot-fashion-far-fixed.json", 1),
     "few shot fashion tens": by_way("few-shot-fashion-tens.json", names=TENS),
     "few shot small": smaller("few-shot-digits-small.json"),
-    "few shot fashion small": smaller("few-shot-fashion-small.json"),
     "few shot aims": aims,
     "few shot duels": duels,
     "few shot cost": cost,
