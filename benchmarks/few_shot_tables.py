@@ -120,6 +120,7 @@ RUNS = {
     "nines, one step": ("few-shot-digits.json", 1, "unidad"),
     "ones (far), one step": ("few-shot-digits-far.json", 1, "unidad"),
     "nines, three steps": ("few-shot-digits-3.json", 3, "unidad"),
+    "nines, three steps, half the learning rate": ("few-shot-digits-3-slow.json", 3, "unidad"),
     "shirts, one step": ("few-shot-fashion.json", 1, "unidad"),
     "other shirts, one step": ("few-shot-fashion-tens.json", 1, "unidad"),
     "ankle boots (far), one step": ("few-shot-fashion-far.json", 1, "unidad"),

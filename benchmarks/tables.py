@@ -239,6 +239,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "few shot fashion": by_way("few-shot-fashion.json", 1),
     "few shot fashion three steps": by_way("few-shot-fashion-3.json", 3),
+    "few shot three steps slow": by_way("few-shot-digits-3-slow.json", 3),
     "few shot fashion three steps slow": by_way("few-shot-fashion-3-slow.json", 3),
     "few shot fashion by number": by_number(
         {1: "few-shot-fashion-1.json", 5: "few-shot-fashion-5.json", 10: "few-shot-fashion.json"}

@@ -26,6 +26,7 @@ from diffstill.diffusion.schedule import NoiseSchedule
 from diffstill.engine.log import read_log
 from diffstill.errors import InputError
 from diffstill.evaluation.sampling import draw
+from diffstill.jobs.build import check_roles
 from diffstill.jobs.distill import blank_teacher, prepare_student
 from diffstill.models.denoiser import Denoiser
 from diffstill.models.folder import load_model
@@ -179,6 +180,14 @@ def test_a_student_may_be_smaller_than_its_teachers_and_critic(teacher: Path, tm
     assert receipt.models["student"].cost.parameters == count
     (images,) = plain_diffusers(run, ["model"], [0, 0, 0], 7, {"default": {}}).values()
     assert images.std() > 0.05
+
+
+def test_a_role_is_no_model_that_takes_the_scale(teacher: Path) -> None:
+    told, other = (load_model(teacher).denoiser for _ in range(2))
+    check_roles({"student": other}, told)
+    other.scale_range = (1.0, 5.0)
+    with pytest.raises(InputError, match=r"^roles.student: 'a model that takes the guidance scale' does not fit"):
+        check_roles({"student": other}, told)
 
 
 @pytest.mark.parametrize(
