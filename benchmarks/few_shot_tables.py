@@ -181,8 +181,8 @@ def duels() -> str:
     for run, (file, _, own) in RUNS.items():
         models = chain_models(file)
         mine = {figure: _seeds(models[own], figure) for figure in (*DISTANCES, "memorised")}
-        compared = [models.get(other) if own == "unidad" else None for other in others]  # in as many steps
-        rows.append(
-            [run, *(" · ".join(_count(mine[f], _seeds(m, f)) for f in mine) if m else words.MISSING for m in compared)]
-        )
+        if own == "unidad":  # the other ways are in as many steps
+            compared = [models.get(other) for other in others]
+            told = [" · ".join(_count(mine[f], _seeds(m, f)) for f in mine) if m else words.MISSING for m in compared]
+            rows.append([run, *told])
     return words.markdown(["Uni-DAD against", *others.values()], rows)
