@@ -97,11 +97,11 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.splits is not None and len(asked.splits) != asked.seeds:
         parser.error(f"--splits: {len(asked.splits)} of them for {asked.seeds} seeds; give one a seed")
-    own = [[f"data.split_seed={split}"] for split in asked.splits or []] or [[]] * asked.seeds
-    receipts = [
-        run(asked.recipe, [*asked.overrides, *own[seed]], seed, asked.runs / f"{asked.recipe}-{seed}")
-        for seed in range(asked.seeds)
-    ]
+    receipts = []
+    for seed in range(asked.seeds):
+        own = [f"data.split_seed={asked.splits[seed]}"] if asked.splits else []
+        folder = asked.runs / f"{asked.recipe}-{seed}"
+        receipts.append(run(asked.recipe, [*asked.overrides, *own], seed, folder))
     told = receipts[0]
     written = {
         "recipe": asked.recipe,
