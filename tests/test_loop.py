@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engines import DASH, assert_same, losses, names, one_line
-from torch import Tensor, nn
+from torch import nn
 
 from diffstill.checks.bench import BATCH, Bench, tiny_denoiser
 from diffstill.engine.arm import Arm
-from diffstill.engine.compiled import compiled_fault
 from diffstill.engine.log import RunLog, read_log
 from diffstill.engine.loop import Progress, Trainer
 from diffstill.engine.settings import TrainSettings
@@ -328,87 +326,3 @@ def test_what_a_method_holds_frozen_goes_to_the_device(tmp_path: Path) -> None:
     Arm("arm", method, TrainSettings(images=8, batch_size=8), DASH.runtime)
     assert helper.sent == [DASH.runtime.device]
     assert set(method.frozen) == {"curriculum", "helper"}
-
-
-def backend(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    """A compiler that changes every output of the graph."""
-
-    def compile_graph(graph: Any, inputs: Any) -> Any:
-        return lambda *args: tuple(change(out) for out in graph(*args))
-
-    return compile_graph
-
-
-def refuse(graph: Any, inputs: Any) -> Any:
-    raise RuntimeError("no code for this")
-
-
-@pytest.mark.parametrize(
-    ("compiler", "wanted"),
-    [
-        (backend(lambda g: g), None),
-        (backend(lambda g: g * 1.01), None),
-        (backend(torch.zeros_like), "its gradient is off by 100%"),
-        (backend(lambda g: 1.2 * g), "its gradient is off by 20%"),
-        (refuse, "it failed with BackendCompilerFailed"),
-    ],
-    ids=["right", "rounding", "zeros", "off", "fails"],
-)
-def test_a_compiler_that_gives_other_gradients_is_found_out(compiler: Any, wanted: str | None) -> None:
-    torch._dynamo.reset()
-    x = torch.linspace(1, 2, 5)
-    compiled = torch.compile(lambda x: x * 3, backend=compiler)
-    assert compiled_fault(lambda: compiled(x)) == wanted
-
-
-def test_what_auto_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = DASH.runtime
-    assert runtime.compiles(True, 1)
-    assert not runtime.compiles(False, 10**6, frozen=True)
-    assert not runtime.compiles("auto", 10**6), "a CPU gains nothing by compiling what it trains"
-    monkeypatch.setenv("PATH", "")
-    monkeypatch.delenv("CXX", raising=False)
-    assert not runtime.compiles("auto", 10**6, frozen=True), "no compiler"
-    monkeypatch.setenv("CXX", sys.executable)
-    assert runtime.compiles("auto", 3000, frozen=True)
-    assert not runtime.compiles("auto", 2999, frozen=True), "too short to earn it back"
-
-
-@pytest.mark.parametrize(
-    ("compiler", "said"),
-    [
-        (backend(lambda out: out), None),
-        (backend(lambda out: 1.2 * out), "the teacher runs without torch.compile: its output is off by 20%"),
-        (refuse, "the teacher runs without torch.compile: it failed with BackendCompilerFailed"),
-    ],
-    ids=["right", "off", "fails"],
-)
-def test_a_teacher_is_compiled_only_where_its_outputs_stay(
-    compiler: Any, said: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    torch._dynamo.reset()
-    plain = DASH.trainer(tmp_path / "plain", steps=2)
-    plain.run()
-    eager = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda network: eager(network, backend=compiler))
-    monkeypatch.setattr(Arm, "_prove_compiled", lambda arm, *_: setattr(arm, "_unproven", False))
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
-    other = DASH.trainer(tmp_path / "other", steps=2, compile=True)
-    other.run()
-    assert other.warnings == ([] if said is None else [said])
-    assert other.teacher is not None
-    assert hasattr(other.teacher.network, "_orig_mod") is (said is None)
-    a, b = losses(tmp_path / "plain"), losses(tmp_path / "other")
-    assert [value for _, value in a] == pytest.approx([value for _, value in b], rel=1e-5)
-
-
-@pytest.mark.slow
-def test_an_arm_whose_compiled_form_is_wrong_trains_eagerly_and_says_so(tmp_path: Path) -> None:
-    """Whatever this machine's compiler makes of a U-Net, the losses are eager's."""
-    plain, compiled = (DASH.trainer(tmp_path / str(way), steps=3, compile=way) for way in (False, True))
-    plain.run()
-    compiled.run()
-    a, b = losses(tmp_path / "False"), losses(tmp_path / "True")
-    assert [v for _, v in a] == pytest.approx([v for _, v in b], rel=1e-3)
-    assert all("trained without torch.compile" in line for line in compiled.warnings)
-    assert compiled.arms[0].method.student.network.training
