@@ -337,7 +337,11 @@ def test_a_student_takes_over_the_form_of_a_plain_diffusers_teacher(tmp_path: Pa
     network: Any = student.network
     assert weights_sha256(network) == weights_sha256(teacher)
     assert (network.config.freq_shift, network.config.downsample_padding, network.config.norm_eps) == (0, 1, 1e-5)
+    before = torch.get_rng_state()
     small = prepared(tmp_path, "[16, 16]")
+    assert torch.equal(torch.get_rng_state(), before), (
+        "it is drawn from the recipe's seed, not from the caller's generator"
+    )
     assert all(torch.isfinite(value).all() for value in small.network.state_dict().values())
 
 
