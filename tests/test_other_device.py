@@ -1,6 +1,7 @@
 """Every method where tensors are on a device that is not the CPU, without a GPU: the same weights, or a refusal.
 
-tests/device builds the device; it refuses tensors and generators of different devices in one operation, as a GPU does.
+tests/device builds the device; it refuses tensors and generators of different devices in one operation, as a GPU does,
+and counts how often the host waits for it.
 """
 
 from __future__ import annotations
@@ -53,6 +54,18 @@ for name, attempt in attempts.items():
     except (RuntimeError, TypeError):
         continue
     raise SystemExit(f"{name} was not refused")
+
+
+def reads(act):
+    before = torch.ops.other.reads()
+    act()
+    return torch.ops.other.reads() - before
+
+
+waits = [lambda: x.sum().item(), lambda: x.cpu(), lambda: x[x > 0], lambda: bool((x > 0).any())]
+assert [reads(act) for act in waits] == [1, 1, 1, 1]
+goes_on = [lambda: x + x, lambda: net(x).sum().backward(), lambda: y.to(there), lambda: torch.randn(2, device=there)]
+assert [reads(act) for act in goes_on] == [0, 0, 0, 0]
 """
 
 
@@ -141,8 +154,9 @@ def test_every_method_learns_there_what_it_learns_on_the_cpu(
         root, file = tmp_path / name, tmp_path / f"{name}.json"
         made = plan(root, tiny_subject)
         file.write_text(json.dumps(made), encoding="utf-8")
-        codes = json.loads(child(str(HERE / "run.py"), device, str(file)).splitlines()[-1])
-        assert codes == [0 if one["stop_at"] is None else 143 for one in made]
+        done = json.loads(child(str(HERE / "run.py"), device, str(file)).splitlines()[-1])
+        assert [one["code"] for one in done] == [0 if one["stop_at"] is None else 143 for one in made]
+        assert not any(one["reads"] for one in done), "a step that reads a value waits for the device"
         found[name] = kept(root)
     assert len(found["cpu"]) == 12, "eleven models and the samples"
     for run, weights in found["cpu"].items():

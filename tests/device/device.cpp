@@ -14,6 +14,9 @@
 #include <c10/core/impl/alloc_cpu.h>
 #include <torch/library.h>
 
+#include <set>
+#include <string>
+
 namespace {
 
 using at::Tensor;
@@ -90,7 +93,16 @@ Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional
   return at::detail::empty_strided_generic(size, stride, &memory, kKeys, c10::dtype_or_default(type));
 }
 
+/// How often the host read a value and so waited for the device; kernels that borrow the CPU's do not count.
+int64_t reads = 0;
+thread_local int borrowed = 0;
+struct Borrowed {
+  Borrowed() { ++borrowed; }
+  ~Borrowed() { --borrowed; }
+};
+
 Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
+  if (to.is_cpu() && !borrowed) ++reads;
   Tensor there = host(to);
   there.copy_(host(from));
   return to;
@@ -107,7 +119,10 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
   return copy_from(from, to, false);
 }
 
-at::Scalar local_scalar(const Tensor& self) { return host(self).item(); }
+at::Scalar local_scalar(const Tensor& self) {
+  if (!borrowed) ++reads;
+  return host(self).item();
+}
 
 // ---- random numbers: drawn on the CPU by a generator of this device, none of another's
 
@@ -195,6 +210,10 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   }
   TORCH_CHECK(!(here && other) || may_mix(op.schema().name()), "Expected all tensors to be on the same device, but ",
               op.schema().name(), " got some of the CPU and some of the other");
+  // Where a result's size depends on values, a GPU has to be waited for too.
+  static const std::set<std::string> sized = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::bincount"};
+  if (!borrowed && sized.count(op.schema().name())) ++reads;
+  Borrowed here_and_back;
   at::native::cpu_fallback(op, stack);
 }
 
@@ -224,6 +243,10 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
 }
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fallback>()); }
+
+TORCH_LIBRARY(other, m) {
+  m.def("reads() -> int", [] { return reads; });
+}
 
 const bool hooked = [] {
   at::RegisterPrivateUse1HooksInterface(new Hooks());

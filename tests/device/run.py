@@ -1,6 +1,7 @@
 """run.py BUILD PLAN.json: ``diffstill`` commands in one process, on the other device, or on the CPU (BUILD ``cpu``).
 
-PLAN.json is a list of {words, stop_at}; ``stop_at`` is a training step at which SIGTERM comes. Prints the exit codes.
+PLAN.json is a list of {words, stop_at}; ``stop_at`` is a training step at which SIGTERM comes. Prints, of each, the
+exit code and how often the host read a value of the device while a step of training was taken.
 """
 
 from __future__ import annotations
@@ -30,20 +31,23 @@ def work_on(device: torch.device) -> None:
     Runtime.__init__ = there  # type: ignore[assignment,method-assign]
 
 
-def stopped_at(step: int | None, words: list[str]) -> int:
-    """Exit code of a command that is told to stop while it does its ``step``-th step."""
-    whole, taken = Trainer.step, 0
+def done(words: list[str], stop_at: int | None) -> dict[str, int]:
+    """Runs a command, which is told to stop while it does its ``stop_at``-th step."""
+    whole, taken, read = Trainer.step, 0, 0
+    reads = getattr(torch.ops.other, "reads", lambda: 0)  # the CPU is never waited for
 
     def counted(self: Trainer) -> None:
-        nonlocal taken
+        nonlocal taken, read
         taken += 1
-        if taken == step:
+        if taken == stop_at:
             signal.raise_signal(signal.SIGTERM)
+        before = reads()
         whole(self)
+        read += reads() - before
 
     Trainer.step = counted  # type: ignore[method-assign]
     try:
-        return main(words)
+        return {"code": main(words), "reads": read}
     finally:
         Trainer.step = whole  # type: ignore[method-assign]
 
@@ -53,4 +57,4 @@ if __name__ == "__main__":
     if sys.argv[1] != "cpu":
         work_on(other_device(Path(sys.argv[1])))
     plan = json.loads(Path(sys.argv[2]).read_text(encoding="utf-8"))
-    print(json.dumps([stopped_at(one.get("stop_at"), one["words"]) for one in plan]))
+    print(json.dumps([done(**one) for one in plan]))
