@@ -37,6 +37,7 @@ NAMES = sorted(builtin_recipes())
 IMAGES = {
     "dash-cifar100": ((3, 32, 32), 100),
     "dash-cifar10": ((3, 32, 32), 10),
+    "cifar10-small": ((3, 16, 16), 10),
     "fashion-mnist": ((1, 28, 28), 10),
     "digits": ((1, 8, 8), 10),
 }
