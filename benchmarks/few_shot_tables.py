@@ -23,7 +23,7 @@ FEW_SHOT = {
     "dmd-only": "matching to the source alone",
     "gan-only": "GAN alone",
 }
-TENS = {
+BOTH = {
     "shots-replicated": "the ten images, repeated",
     "source@1-renoise": "source model in one step (do nothing)",
     "source@3-renoise": "source model in three steps (do nothing)",
@@ -32,6 +32,7 @@ TENS = {
     "finetune@3-renoise": "fine-tuning, in three steps",
     "finetune-then-dmd2": "fine-tuning, then DMD2",
     "unidad": "Uni-DAD, one step",
+    "no-target-teacher": "without target teacher, one step",
     "three": "Uni-DAD, three steps",
 }
 SMALL = {
@@ -119,11 +120,13 @@ def cost() -> str:
 RUNS = {
     "nines, one step": ("few-shot-digits.json", 1, "unidad"),
     "ones (far), one step": ("few-shot-digits-far.json", 1, "unidad"),
+    "ones (far), three steps, half the learning rate": ("few-shot-digits-far.json", 3, "three"),
     "nines, three steps": ("few-shot-digits-3.json", 3, "unidad"),
     "nines, three steps, half the learning rate": ("few-shot-digits-3-slow.json", 3, "unidad"),
     "shirts, one step": ("few-shot-fashion.json", 1, "unidad"),
     "other shirts, one step": ("few-shot-fashion-tens.json", 1, "unidad"),
     "ankle boots (far), one step": ("few-shot-fashion-far.json", 1, "unidad"),
+    "ankle boots (far), three steps, half the learning rate": ("few-shot-fashion-far.json", 3, "three"),
     "shirts, three steps": ("few-shot-fashion-3.json", 3, "unidad"),
     "other shirts, three steps": ("few-shot-fashion-tens.json", 3, "three"),
     "shirts, three steps, half the learning rate": ("few-shot-fashion-3-slow.json", 3, "unidad"),

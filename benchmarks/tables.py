@@ -16,7 +16,7 @@ from typing import Any
 
 from cifar10_results import aims_table
 from cifar10_results import table as models_table
-from few_shot_tables import TENS, aims, by_number, by_way, cost, duels, smaller
+from few_shot_tables import BOTH, aims, by_number, by_way, cost, duels, smaller
 from result_files import RESULTS, cell, chain_models, scaled
 
 from diffstill.report import words
@@ -233,9 +233,15 @@ TABLES: dict[str, Callable[[], str]] = {
         STUDENT,
     ),
     "few shot": by_way("few-shot-digits.json", 1),
-    "few shot far": by_way("few-shot-digits-far.json", 1),
+    "few shot far": by_way("few-shot-digits-far.json", names=BOTH),
     "few shot by number": by_number(
         {1: "few-shot-digits-1.json", 5: "few-shot-digits-5.json", 10: "few-shot-digits.json"}
+    ),
+    "few shot far by number": by_number(
+        {1: "few-shot-digits-far-1.json", 5: "few-shot-digits-far-5.json", 10: "few-shot-digits-far.json"}
+    ),
+    "few shot fashion far by number": by_number(
+        {1: "few-shot-fashion-far-1.json", 5: "few-shot-fashion-far-5.json", 10: "few-shot-fashion-far.json"}
     ),
     "few shot fashion": by_way("few-shot-fashion.json", 1),
     "few shot fashion three steps": by_way("few-shot-fashion-3.json", 3),
@@ -244,10 +250,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "few shot fashion by number": by_number(
         {1: "few-shot-fashion-1.json", 5: "few-shot-fashion-5.json", 10: "few-shot-fashion.json"}
     ),
-    "few shot fashion far": by_way("few-shot-fashion-far.json", 1),
+    "few shot fashion far": by_way("few-shot-fashion-far.json", names=BOTH),
     "few shot fashion fixed": by_way("few-shot-fashion-fixed.json", 1),
     "few shot fashion far fixed": by_way("few-shot-fashion-far-fixed.json", 1),
-    "few shot fashion tens": by_way("few-shot-fashion-tens.json", names=TENS),
+    "few shot fashion tens": by_way("few-shot-fashion-tens.json", names=BOTH),
     "few shot small": smaller("few-shot-digits-small.json"),
     "few shot aims": aims,
     "few shot duels": duels,
