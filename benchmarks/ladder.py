@@ -180,7 +180,7 @@ def rungs_of(problem: Problem, host_together: bool) -> list[Rung]:
     return [
         *([Rung("batched branches", {"batched": True})] if distil else []),
         *host,
-        *([Rung("TF32, autotuned kernels", {"autotune": True})] if problem.device.type == "cuda" else []),
+        *([Rung("TF32 matrix products", {"autotune": True})] if problem.device.type == "cuda" else []),
         *([Rung("bf16 teacher", {"teacher_bf16": True})] if distil else []),
         Rung("bf16 student" if distil else "bf16", {"bf16": True}),
         Rung("channels_last", {"channels_last": True}),
@@ -270,6 +270,7 @@ def _hand(problem: Problem, on: Switches, batch: Batch, truth: float) -> _Built:
     step = Step(problem, on)
     with exact():
         difference = abs(step.loss_on(batch) - truth) / abs(truth)
+    step.prepare()  # so that what is compiled for the check is what runs
     fault = step.compile(batch)
     if fault is not None:
         raise RuntimeError(fault)
@@ -316,9 +317,9 @@ class _Race:
     def _measure(self, result: Result, made: _Built, resident: int) -> None:
         watch = self.bench.watch
         result.loss_difference = made.loss_difference
-        # Turns of whole reuse periods; two warm steps, since compiled CUDA graphs record in the second.
+        # Turns of whole reuse periods; two of them to warm up, since compiled CUDA graphs record in their second step.
         count = -(-self.units // made.reuse) * made.reuse
-        result.rounds = watch.against(self.baseline, made.work, self.rounds, count, warm=max(2, made.reuse))
+        result.rounds = watch.against(self.baseline, made.work, self.rounds, count, warm=2 * made.reuse)
         result.ratio = Spread.of([turn.ratio for turn in result.rounds])
         result.step_s = statistics.median(turn.seconds for turn in result.rounds)
         result.images_per_s = self.baseline.problem.batch / result.step_s

@@ -13,6 +13,7 @@ import torch
 from step import set_autotune
 from timing import Stopwatch
 
+from diffstill import __version__
 from diffstill.engine.compiled import has_compiler
 from diffstill.engine.runtime import native_bf16
 from diffstill.evaluation.cost import MEGABYTE
@@ -44,7 +45,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "compiler": has_compiler(device),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in ("torch", "diffusers", "diffstill", "pillow")},
+        "packages": {name: version(name) for name in ("torch", "diffusers", "pillow")} | {"diffstill": __version__},
         "load_average": load_average(),
     }
 

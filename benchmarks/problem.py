@@ -72,7 +72,8 @@ class Problem:
     work: Work
     batch: int
     device: torch.device
-    images: int = 512
+    images: int = 0
+    """Of the data; 0: 512, or a batch where that is more."""
 
     @property
     def aim(self) -> float | None:
@@ -90,9 +91,10 @@ class Problem:
         """Smooth random images: they decode at about the speed of photographs, and no data set is needed."""
         generator = torch.Generator().manual_seed(0)
         channels, size, _ = self.nets.sample_shape
-        coarse = torch.rand((self.images, channels, 4, 4), generator=generator)
+        count = self.images or max(512, self.batch)
+        coarse = torch.rand((count, channels, 4, 4), generator=generator)
         pixels = interpolate(coarse, size=(size, size), mode="bilinear").mul(255).to(torch.uint8)
-        labels = torch.randint(NUM_CLASSES, (self.images,), generator=generator)
+        labels = torch.randint(NUM_CLASSES, (count,), generator=generator)
         return ImageData("synthetic", "train", pixels, labels, tuple(map(str, range(NUM_CLASSES))))
 
     def curriculum(self) -> Curriculum:

@@ -59,7 +59,8 @@ class LibraryStep:
         """The loss at a batch, network dropout off, nothing changed."""
         network = self.arm.method.student.network
         network.eval()
-        with torch.no_grad():
+        # Eager: nothing is compiled for a check that runs once, with other settings than the steps.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             needs = union_of_needs([self.arm])
             taught = None if self.trainer.teacher is None else TeacherOutputs(self.trainer.teacher, batch, needs)
             loss = float(self.arm.method.loss(batch, taught).total)

@@ -224,7 +224,14 @@ def _ladder(problem: Problem, bench: Bench, args: argparse.Namespace, report: Re
     if begun:
         print(f"  the file holds {len(begun.rungs)} rungs, the last is {begun.rungs[-1].name!r}", flush=True)
     together, effort = _long_steps(problem), _effort(problem, args)
-    ladder = climb(problem, bench, effort, host_together=together, begun=begun, keep=report.keep, say=_say)
+    try:
+        ladder = climb(problem, bench, effort, host_together=together, begun=begun, keep=report.keep, say=_say)
+    except torch.OutOfMemoryError:  # of a rung it is told there; here the straightforward loop itself does not fit
+        report.warned.append(
+            f"{problem.nets.name} {problem.work} batch {problem.batch}: not measured, no memory for it"
+        )
+        print(f"  {report.warned[-1]}", flush=True)
+        return
     report.add(ladder)
     print(_baseline_line(ladder), flush=True)
     if ladder.aim is not None and ladder.library.ratio is not None and not args.quick:

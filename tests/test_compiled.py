@@ -12,6 +12,7 @@ import torch
 from engines import DASH, losses
 from torch import Tensor
 
+from diffstill.checks.bench import BATCH
 from diffstill.engine.arm import Arm
 from diffstill.engine.compiled import compiled_fault
 
@@ -76,9 +77,9 @@ def test_a_teacher_is_compiled_only_where_its_outputs_stay(
     plain = DASH.trainer(tmp_path / "plain", steps=2)
     plain.run()
     eager = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda network: eager(network, backend=compiler))
+    monkeypatch.setattr(torch, "compile", lambda network, **how: eager(network, **how, backend=compiler))
     monkeypatch.setattr(Arm, "_prove_compiled", lambda arm, *_: setattr(arm, "_unproven", False))
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda module: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: None)
     other = DASH.trainer(tmp_path / "other", steps=2, compile=True)
     other.run()
     assert other.warnings == ([] if said is None else [said])
@@ -86,6 +87,29 @@ def test_a_teacher_is_compiled_only_where_its_outputs_stay(
     assert hasattr(other.teacher.network, "_orig_mod") is (said is None)
     a, b = losses(tmp_path / "plain"), losses(tmp_path / "other")
     assert [value for _, value in a] == pytest.approx([value for _, value in b], rel=1e-5)
+
+
+def test_every_stage_is_compiled_for_its_own_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later stages of a chain find room for their code, and their graphs have no symbolic shapes."""
+    sizes: list[object] = []
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        sizes.extend(value.shape[0] if isinstance(value, Tensor) else value for value in inputs)
+        return graph
+
+    as_torch_has_it = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **how: as_torch_has_it(network, **how, backend=compiler))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: None)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for images in (BATCH, BATCH // 2, BATCH // 4):
+            before = len(sizes)
+            trainer = DASH.trainer(tmp_path / str(images), steps=1, compile=True, micro_batch=images)
+            trainer.arms[0]._unproven = False
+            trainer.run()
+            assert trainer.warnings == []
+            assert 2 * images in sizes[before:], "the teacher's two branches in one forward"
+    assert all(isinstance(size, int) for size in sizes)
 
 
 @pytest.mark.slow

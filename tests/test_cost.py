@@ -7,7 +7,15 @@ from torch import Tensor, nn
 
 from diffstill.diffusion.guidance import TAG, Constant, Interval
 from diffstill.diffusion.sampling import count_nfe
-from diffstill.evaluation.cost import count_flops, count_parameters, measure_cost, predict_cost, saved_bytes, size_mb
+from diffstill.evaluation.cost import (
+    _latency,
+    count_flops,
+    count_parameters,
+    measure_cost,
+    predict_cost,
+    saved_bytes,
+    size_mb,
+)
 from diffstill.models.adapters import unet2d
 from diffstill.models.denoiser import Denoiser
 
@@ -88,6 +96,19 @@ def test_latency_is_of_whole_trajectories_by_batch() -> None:
         assert part.images_per_s == pytest.approx(part.batch / part.median_s)
         assert part.peak_memory_mb is None  # the CPU does not tell
     assert found.device.startswith("cpu (")
+
+
+def test_peak_memory_is_that_of_the_model_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else lies on the device meanwhile, the arms of an arena among it, is taken off."""
+    denoiser, others = small(), 5_000_000
+    own = int(size_mb(denoiser.network) * 1e6)
+    monkeypatch.setattr(Denoiser, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: others + own)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: others + own + 700_000)
+    found = _latency(denoiser, lambda steps: torch.zeros(1), 2, 1, 2, 1.0)
+    assert found.peak_memory_mb == pytest.approx((own + 700_000) / 1e6)
 
 
 def test_a_spent_time_budget_still_makes_two_runs() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Mapping
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,27 @@ def two_arms(folder: Path, other: type[Dash] = Dash, die_at: int | None = None, 
     return Trainer(
         arms, DASH.stream(), chosen, DASH.runtime, folder, teacher=DASH.teacher(), on_progress=told, timed=True
     )
+
+
+@pytest.mark.parametrize(
+    ("spent", "told"),
+    [
+        ([10.0], 10.0),
+        ([10.0, 2.0], 4.0),  # the first allocates and tunes: it counts as the second
+        ([10.0, 2.0, 3.0], 7.0),
+        ([1.0, 2.0, 3.0], 6.0),
+    ],
+)
+def test_the_first_step_of_a_process_counts_as_the_second(
+    spent: list[float], told: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = two_arms(tmp_path)
+    # Of a step: the teacher, the first arm, the second arm; each from one tick to the next.
+    clock = accumulate(chain.from_iterable((0.0, 0.0, 0.0, first, 0.0, 1.0) for first in spent))
+    monkeypatch.setattr(trainer, "_tick", lambda: next(clock))
+    for _ in spent:
+        trainer.step()
+    assert [arm.seconds for arm in trainer.arms] == [told, len(spent)]
 
 
 @pytest.mark.parametrize("killed_at", [3, 6])

@@ -66,6 +66,13 @@ waits = [lambda: x.sum().item(), lambda: x.cpu(), lambda: x[x > 0], lambda: bool
 assert [reads(act) for act in waits] == [1, 1, 1, 1]
 goes_on = [lambda: x + x, lambda: net(x).sum().backward(), lambda: y.to(there), lambda: torch.randn(2, device=there)]
 assert [reads(act) for act in goes_on] == [0, 0, 0, 0]
+sent = torch.ops.other.sends()
+goes_on[0](), goes_on[1]()
+assert torch.ops.other.sends() == sent
+y.to(there, non_blocking=True)
+assert torch.ops.other.sends() == sent
+y.to(there)
+assert torch.ops.other.sends() == sent + 1
 """
 
 
@@ -157,6 +164,7 @@ def test_every_method_learns_there_what_it_learns_on_the_cpu(
         done = json.loads(child(str(HERE / "run.py"), device, str(file)).splitlines()[-1])
         assert [one["code"] for one in done] == [0 if one["stop_at"] is None else 143 for one in made]
         assert not any(one["reads"] for one in done), "a step that reads a value waits for the device"
+        assert not any(one["sends"] for one in done), "so does one that sends something and does not go on"
         found[name] = kept(root)
     assert len(found["cpu"]) == 12, "eleven models and the samples"
     for run, weights in found["cpu"].items():

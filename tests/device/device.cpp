@@ -95,14 +95,21 @@ Tensor empty_strided(at::IntArrayRef size, at::IntArrayRef stride, std::optional
 
 /// How often the host read a value and so waited for the device; kernels that borrow the CPU's do not count.
 int64_t reads = 0;
+/// How often it sent something there and waited until it had arrived.
+int64_t sends = 0;
 thread_local int borrowed = 0;
 struct Borrowed {
   Borrowed() { ++borrowed; }
   ~Borrowed() { --borrowed; }
 };
 
-Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
-  if (to.is_cpu() && !borrowed) ++reads;
+Tensor copy_from(const Tensor& from, const Tensor& to, bool goes_on) {
+  if (from.device() != to.device() && !borrowed) {
+    if (to.is_cpu())
+      ++reads;
+    else if (!goes_on)
+      ++sends;
+  }
   Tensor there = host(to);
   there.copy_(host(from));
   return to;
@@ -178,6 +185,7 @@ Tensor convolution(const Tensor& input, const Tensor& weight, const std::optiona
   TORCH_CHECK(weight.device() == input.device(), "Expected all tensors to be on the same device, but convolution got ",
               input.device(), " and ", weight.device());
   std::optional<Tensor> own = bias && bias->defined() ? std::optional<Tensor>(host(*bias)) : std::nullopt;
+  Borrowed here_and_back;
   return there(at::convolution(host(input), host(weight), own, stride, padding, dilation, transposed, output_padding, groups));
 }
 
@@ -186,6 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> convolution_backward(const Tensor& gradient, 
                                                         at::IntArrayRef dilation, bool transposed,
                                                         at::IntArrayRef output_padding, int64_t groups,
                                                         std::array<bool, 3> mask) {
+  Borrowed here_and_back;
   const int64_t channels = transposed ? weight.size(1) * groups : weight.size(0);
   auto [of_input, of_weight, of_bias] =
       at::convolution_backward(host(gradient), host(input), host(weight), at::IntArrayRef({channels}), stride, padding,
@@ -246,6 +255,7 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromB
 
 TORCH_LIBRARY(other, m) {
   m.def("reads() -> int", [] { return reads; });
+  m.def("sends() -> int", [] { return sends; });
 }
 
 const bool hooked = [] {

@@ -1,7 +1,8 @@
 """run.py BUILD PLAN.json: ``diffstill`` commands in one process, on the other device, or on the CPU (BUILD ``cpu``).
 
 PLAN.json is a list of {words, stop_at}; ``stop_at`` is a training step at which SIGTERM comes. Prints, of each, the
-exit code and how often the host read a value of the device while a step of training was taken.
+exit code, how often the host read a value of the device while a step of training was taken, and how often, after the
+second step, it sent something there and waited.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -33,21 +35,25 @@ def work_on(device: torch.device) -> None:
 
 def done(words: list[str], stop_at: int | None) -> dict[str, int]:
     """Runs a command, which is told to stop while it does its ``stop_at``-th step."""
-    whole, taken, read = Trainer.step, 0, 0
-    reads = getattr(torch.ops.other, "reads", lambda: 0)  # the CPU is never waited for
+    whole, taken, read, sent = Trainer.step, 0, 0, 0
+    none = types.SimpleNamespace(reads=lambda: 0, sends=lambda: 0)  # the CPU is never waited for
+    device = torch.ops.other if hasattr(torch.ops.other, "reads") else none
 
     def counted(self: Trainer) -> None:
-        nonlocal taken, read
+        nonlocal taken, read, sent
         taken += 1
         if taken == stop_at:
             signal.raise_signal(signal.SIGTERM)
-        before = reads()
+        before = device.reads(), device.sends()
         whole(self)
-        read += reads() - before
+        read += device.reads() - before[0]
+        if taken > 2:  # optimizers and running values begin on the host
+            sent += device.sends() - before[1]
 
     Trainer.step = counted  # type: ignore[method-assign]
     try:
-        return {"code": main(words), "reads": read}
+        code = main(words)  # first, for it counts
+        return {"code": code, "reads": read, "sends": sent}
     finally:
         Trainer.step = whole  # type: ignore[method-assign]
 

@@ -55,9 +55,10 @@ class ImageStore:
 
     def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, H, W) as they are stored and labels (B,) int64 on the device."""
-        if self.device.type == "cuda" and self.resident:
-            # From pinned memory the copy does not wait for the device.
-            index = index.pin_memory().to(self.device, non_blocking=True)
+        if self.device.type != "cpu" and self.resident:
+            # One copy for images and labels; from pinned memory it does not wait for the device.
+            index = index.pin_memory() if self.device.type == "cuda" else index
+            index = index.to(self.device, non_blocking=True)
         images, labels = self.images[index], self.labels[index]
         if not self.resident:
             images, labels = images.pin_memory(), labels.pin_memory()

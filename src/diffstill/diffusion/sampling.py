@@ -52,7 +52,7 @@ def estimate(
     prediction: Tensor, x: Tensor, t: int, schedule: NoiseSchedule, kind: PredictionType, clip: ClipMode
 ) -> tuple[Tensor, Tensor]:
     """``(x0, eps)`` that a raw prediction at timestep ``t`` implies, clipped as asked."""
-    alpha, sigma = schedule.at(torch.tensor([t], device=x.device), x.ndim, x.dtype)
+    alpha, sigma = schedule.at(torch.full((1,), t, device=x.device), x.ndim, x.dtype)
     x0 = to_x0(prediction, x, alpha, sigma, kind)
     eps = to_epsilon(prediction, x, alpha, sigma, kind)
     if clip != "none":

@@ -54,10 +54,10 @@ class Arm:
         for name, value in method.memory.items():
             method.memory[name] = value.to(runtime.device)
         self.warnings: list[str] = []
-        self._unproven = runtime.compiles(settings.compile, settings.steps) and method.compiles
+        self.compiled = self._unproven = runtime.compiles(settings.compile, settings.steps) and method.compiles
         self._refused = False
-        if self._unproven:
-            unwrap(method.student.network).compile()
+        if self.compiled:
+            unwrap(method.student.network).compile(dynamic=False)
         height, width = method.student.sample_shape[1:]
         for denoiser in method.denoisers():
             denoiser.autocast_dtype = runtime.dtype(settings.precision, pixels=height * width)

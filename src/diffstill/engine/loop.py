@@ -80,20 +80,27 @@ class Trainer:
         self.warnings: list[str] = []
         self._cache: dict[int, list[tuple[Batch, TeacherOutputs | None]]] = {}
         stream.channels_last(runtime.channels_last(settings.channels_last))
-        self._teacher_unproven = False
+        self._started: dict[str, float] | None = None
+        self._teacher_unproven = teacher is not None and self._compiles_teacher()
+        if self._teacher_unproven or any(arm.compiled for arm in arms):
+            # What an earlier stage compiled would count against the limit of recompilations, past which torch runs
+            # eager without an error.
+            torch.compiler.reset()
         self.teacher = None if teacher is None else self._training_view(teacher)
 
     def _training_view(self, teacher: Denoiser) -> Denoiser:
         """The frozen teacher in training precision, compiled where that is on; the one given stays as it is."""
         self.runtime.place(teacher.freeze().network, self.runtime.channels_last(self.settings.channels_last))
         view = teacher.with_network(teacher.network)
-        compiles = self.runtime.compiles(self.settings.compile, self.settings.steps, frozen=True)
-        wants = union_of_needs(self.arms)
-        if compiles and wants & {"cond", "null"} and "features" not in wants:
-            view = teacher.with_network(torch.compile(teacher.network))  # type: ignore[arg-type]
-            self._teacher_unproven = True
+        if self._teacher_unproven:
+            view = teacher.with_network(torch.compile(teacher.network, dynamic=False))  # type: ignore[arg-type]
         view.autocast_dtype = self.runtime.dtype(self.settings.teacher_precision, frozen=True)
         return view
+
+    def _compiles_teacher(self) -> bool:
+        wants = union_of_needs(self.arms)
+        compiles = self.runtime.compiles(self.settings.compile, self.settings.steps, frozen=True)
+        return compiles and bool(wants & {"cond", "null"}) and "features" not in wants
 
     def _prove_teacher(self, view: Denoiser) -> Denoiser:
         """Goes back to the eager teacher where the compiled one has other outputs."""
@@ -169,7 +176,7 @@ class Trainer:
             return
         if self._teacher_unproven and self.teacher is not None:
             self.teacher = self._prove_teacher(self.teacher)
-        parts = self._parts(active)
+        parts, before = self._parts(active), {arm.name: arm.seconds for arm in active}
         for _, teacher in parts:
             if teacher is not None and self.timed:
                 self._compute_timed(teacher, active)
@@ -178,6 +185,8 @@ class Trainer:
             self._step(arm, parts)
             arm.seconds += self._tick() - clock
             self.warnings += [line for line in arm.warnings if line not in self.warnings]
+        if self.timed:
+            self._leave_out_start(active, before)
         self.images_seen += self.settings.batch_size
 
     def _step(self, arm: Arm, parts: list[tuple[Batch, TeacherOutputs | None]]) -> None:
@@ -227,6 +236,16 @@ class Trainer:
         for arm in active:
             # What the arm would have paid alone: its own number of teacher branches.
             arm.seconds += spent * len(arm.method.teacher_needs & {"cond", "null"}) / branches
+
+    def _leave_out_start(self, active: list[Arm], before: dict[str, float]) -> None:
+        """A process's first step, which allocates and tunes for all arms, counts as long as its second does."""
+        spent = {arm.name: arm.seconds - before[arm.name] for arm in active}
+        if self._started is None:
+            self._started = spent
+            return
+        for arm in active:
+            arm.seconds -= max(0.0, self._started.get(arm.name, 0.0) - spent[arm.name])
+        self._started = {}
 
     def _tick(self) -> float:
         if self.timed:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.dataset import ImageData, to_float
+from ..models.denoiser import measuring
 from ..models.lineage import weights_sha256
 from .processes import broadcast_module, process_index, sum_over_processes
 
@@ -120,7 +121,7 @@ def accuracy(network: nn.Module, data: ImageData, device: torch.device, batch: i
     if len(data) == 0:
         return None
     right = 0
-    with torch.no_grad():
+    with measuring(device):
         for images, labels in zip(data.images.split(batch), data.labels.split(batch), strict=True):
             right += int((network(to_float(images).to(device)).argmax(1).cpu() == labels).sum())
     return right / len(data)

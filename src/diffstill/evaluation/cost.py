@@ -70,8 +70,8 @@ def measure_cost(
     """Parameters, FLOPs and the measured time of sampling whole batches of images, noise to uint8.
 
     Nothing is extrapolated: each run is a full trajectory of ``steps`` steps, after a short one to warm up. Peak
-    memory is CUDA's peak of allocated bytes during the runs, weights included; it is null on devices that do not
-    tell it, the CPU among them.
+    memory is CUDA's peak of allocated bytes during the runs, the network's own weights included and whatever else lies
+    on the device taken off; it is null on devices that do not tell it, the CPU among them.
 
     Args:
         guided: two passes a step at a scale other than 1, or one pass where the model has no null branch.
@@ -99,7 +99,7 @@ def measure_cost(
         nfe=nfe,
         flops_image=nfe * flops,
         size_mb=size_mb(denoiser.network),
-        latency=[_latency(sample(b), steps, b, denoiser.device, runs, budget_s) for b in batches],
+        latency=[_latency(denoiser, sample(b), steps, b, runs, budget_s) for b in batches],
         device=device_name(denoiser.device),
     )
 
@@ -112,18 +112,20 @@ def device_name(device: torch.device) -> str:
 
 
 def _latency(
-    sample: Callable[[int], Tensor], steps: int, batch: int, device: torch.device, runs: int, budget_s: float
+    denoiser: Denoiser, sample: Callable[[int], Tensor], steps: int, batch: int, runs: int, budget_s: float
 ) -> Latency:
+    device = denoiser.device
     sample(min(steps, WARMUP_STEPS))
-    began = time.perf_counter()
+    began, others = time.perf_counter(), 0
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+        others = torch.cuda.memory_allocated(device) - held_bytes([denoiser.network])
     times: list[float] = []
     while len(times) < max(runs, 2) and (len(times) < 2 or time.perf_counter() - began < budget_s):
         times.append(timed(lambda: sample(steps), device))
     deciles = statistics.quantiles(times, n=10, method="inclusive")
     median = statistics.median(times)
-    peak = torch.cuda.max_memory_allocated(device) / MEGABYTE if device.type == "cuda" else None
+    peak = (torch.cuda.max_memory_allocated(device) - others) / MEGABYTE if device.type == "cuda" else None
     return Latency(
         batch=batch,
         runs=len(times),

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..data.dataset import to_float, to_uint8
 from ..disk import file_sha256
 from ..errors import InputError, install
+from ..models.denoiser import measuring
 from .features import Extractor, extract
 
 FORMS = "use features, pixels, lpips:vgg or lpips:alex"
@@ -140,13 +141,13 @@ class LpipsDistance(Distance):
             raise InputError("distance", self.name, mend, problem=f"does not go with images {tuple(images.shape[2:])}")
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
-    @torch.no_grad()
     def between(self, a: Tensor, b: Tensor) -> Tensor:
         rows, columns = torch.cartesian_prod(torch.arange(len(a)), torch.arange(len(b))).unbind(1)
-        found = [
-            self._network(a[i].to(self._device), b[j].to(self._device)).flatten().cpu().double()
-            for i, j in zip(rows.split(self._pairs), columns.split(self._pairs), strict=True)
-        ]
+        with measuring(self._device):
+            found = [
+                self._network(a[i].to(self._device), b[j].to(self._device)).flatten().cpu().double()
+                for i, j in zip(rows.split(self._pairs), columns.split(self._pairs), strict=True)
+            ]
         return torch.cat(found).view(len(a), len(b)) if len(rows) else torch.zeros(len(a), len(b), dtype=torch.float64)
 
 

@@ -17,6 +17,7 @@ from ..data.dataset import to_float
 from ..data.sources import DataSpec, load_data, whole_source
 from ..disk import file_sha256
 from ..errors import InputError
+from ..models.denoiser import measuring
 from ..models.lineage import weights_sha256
 from .classifier import FEATURES, Trained, cached_classifier
 from .inception import open_inception
@@ -57,10 +58,10 @@ class ClassifierExtractor:
             name=f"FD-{name}", sha256=weights_sha256(trained.network), dim=FEATURES, accuracy=trained.accuracy
         )
 
-    @torch.no_grad()
     def read(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        features = self._network.features(to_float(images.to(self._device)))
-        return features.cpu(), self._network.head(features).cpu()
+        with measuring(self._device):
+            features = self._network.features(to_float(images.to(self._device)))
+            return features.cpu(), self._network.head(features).cpu()
 
 
 class TorchScriptExtractor:
@@ -111,9 +112,9 @@ class TorchScriptExtractor:
         mend = f"export a module that takes images {tuple(sample.shape[1:])} as uint8, or as float in [0, 1]"
         raise InputError("extractor", f"torchscript:{path}", mend, problem=problem)
 
-    @torch.no_grad()
     def read(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        out = self._network(self._prepare(images.to(self._device)))
+        with measuring(self._device):
+            out = self._network(self._prepare(images.to(self._device)))
         features, logits = out if isinstance(out, tuple) else (out, None)
         return features.flatten(1).float().cpu(), logits.float().cpu() if logits is not None else None
 

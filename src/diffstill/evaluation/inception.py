@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..disk import file_sha256
 from ..errors import InputError
+from ..models.denoiser import measuring
 from .results import ExtractorInfo
 
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -46,10 +47,10 @@ class InceptionExtractor:
         name = "FID" if sha256 == INCEPTION_SHA256 else "FD-inception"
         self.info = ExtractorInfo(name=name, sha256=sha256, dim=int(LAYERS[0]), resize="tf1-bilinear 299")
 
-    @torch.no_grad()
     def read(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         rgb = images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
-        features, logits = self._network(rgb.to(self._device))
+        with measuring(self._device):
+            features, logits = self._network(rgb.to(self._device))
         return features.float().cpu(), logits.float().cpu()
 
 

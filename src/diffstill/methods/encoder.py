@@ -86,7 +86,7 @@ def encoder_target(
     one to the teacher's noisiest level.
     """
     origin, ends, count = _way_up(teacher, steps)
-    ends = ends.to(t.device)
+    ends = ends.to(t.device, non_blocking=True)
     start, end = ends[t], ends[t + 1]
     x, at = x_t, start
     for number in range(1, count + 1):
@@ -121,5 +121,5 @@ def _levels(model: Denoiser, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Signal and noise scale at ``t``, where T is the end of the way."""
     alpha, sigma = model.schedule.at(t.clamp(max=model.schedule.T - 1), x.ndim, x.dtype)
     beyond = (t == model.schedule.T).view(alpha.shape)
-    top_alpha, top_sigma = (value.to(alpha) for value in _end(model))
+    top_alpha, top_sigma = (value.item() for value in _end(model))  # numbers: nothing is sent to the device
     return torch.where(beyond, top_alpha, alpha), torch.where(beyond, top_sigma, sigma)

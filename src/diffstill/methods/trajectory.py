@@ -39,7 +39,7 @@ def trajectory_target(
         (B, C, H, W) in the teacher's prediction type.
     """
     origin, ends, count = _way(teacher, steps, reach)
-    ends = ends.to(t.device)
+    ends = ends.to(t.device, non_blocking=True)
     start, end = ends[t + reach], ends[t]
     x, at = x_t, start
     for number in range(1, count + 1):

@@ -110,7 +110,8 @@ class Denoiser:
     def guided(self, x_t: Tensor, t: Tensor, labels: Tensor, scale: float | Tensor) -> Tensor:
         """Prediction at a guidance scale, a number or (B,): one pass where the network takes the scale or it is 1."""
         if self.takes_scale:
-            return self(x_t, t, labels, torch.as_tensor(scale, device=x_t.device, dtype=x_t.dtype).expand(len(x_t)))
+            same = scale if isinstance(scale, Tensor) else x_t.new_full((1,), scale)
+            return self(x_t, t, labels, same.to(x_t).expand(len(x_t)))
         if isinstance(scale, Tensor):
             return guide(*self.branches(x_t, t, labels), scale.view(-1, *[1] * (x_t.ndim - 1)))
         if scale == 1.0:
@@ -133,7 +134,8 @@ class Denoiser:
             return first, second
         low = max(1.0, self.scale_range[0])
         high = min(low + 1, self.scale_range[1])
-        scales = torch.tensor([low, high], device=x_t.device).repeat_interleave(len(labels))
+        ends = (torch.full(labels.shape, scale, device=x_t.device) for scale in (low, high))
+        scales = torch.cat([*ends])
         first, second = self(*twice, torch.cat([labels, labels]), scales).chunk(2)
         return tuple(guide(second, first, (s - low) / (high - low)) for s in (1.0, 0.0))  # type: ignore[return-value]
 
@@ -198,7 +200,7 @@ class Denoiser:
         was = self.network.training
         self.network.eval()
         try:
-            with torch.no_grad(), _true_float32(self.device):
+            with measuring(self.device):
                 yield self
         finally:
             self.network.train(was)
@@ -226,16 +228,18 @@ def _exact_output(network: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _true_float32(device: torch.device) -> Iterator[None]:
-    """No TF32 and no autotuned kernels on CUDA: what is measured must not depend on the batch size."""
+def measuring(device: torch.device) -> Iterator[None]:
+    """No gradients; on CUDA no TF32 and no autotuned kernels, so that figures do not depend on the batch size."""
     if device.type != "cuda":
-        yield
+        with torch.no_grad():
+            yield
         return
     matmul = torch.backends.cuda.matmul
     was = matmul.allow_tf32
     matmul.allow_tf32 = False
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False):
+        plain = torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=False, allow_tf32=False)
+        with torch.no_grad(), plain:
             yield
     finally:
         matmul.allow_tf32 = was
