@@ -50,8 +50,8 @@ GO_ON = 75
 """Exit code of a call whose time ran out (EX_TEMPFAIL): type it again."""
 STOPPED = 128 + signal.SIGTERM
 """Exit code of a diffstill command that was stopped and saved."""
-GRACE, PLANNING = 60, 180
-"""Seconds that a stopped command gets to save itself; that the measuring of what fits takes, compilation included."""
+GRACE = 60
+"""Seconds that a stopped command gets to save itself."""
 UNPLANNED = 1_280_000
 """Images of a recipe whose numbers are not known yet: whole batches of any usual size."""
 SPARE = 0.9
