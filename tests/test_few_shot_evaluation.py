@@ -272,7 +272,7 @@ def test_the_page_shows_the_few_images(receipt: tuple[Receipt, Path], tmp_path: 
     for part in ("shots-replicated", "held-out images", "nearest shot", "copies", "source distance", "FD-pixels"):
         assert part in html
     assert "half of the real images score" in html
-    assert "no checkpoint, step count or default is chosen" in html
+    assert "no checkpoint and no number of steps is chosen" in html
     assert html.count("and their nearest shots") == 2
     bare = made.model_copy(update={"protocol": made.protocol.model_copy(update={"few_shot": None})})
     plain = write_report(bare, folder, tmp_path / "plain.html").read_text(encoding="utf-8")

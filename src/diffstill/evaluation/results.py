@@ -67,7 +67,7 @@ class FewShotProtocol(Result):
     source: str | None = Field(None, description="data set, split and number of the source domain's images")
     source_sha256: str = ""
     selection: str = Field(
-        "none: the last weights are measured; no checkpoint, step count or default is chosen by a figure against the "
+        "none: the last weights are measured; no checkpoint and no number of steps is chosen by a figure against the "
         "test images. The best of several guidance settings is named after the fact, and looks better than it is",
         description="what these figures were used for: never to select what they measure",
     )
