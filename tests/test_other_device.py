@@ -64,7 +64,7 @@ def reads(act):
 
 waits = [lambda: x.sum().item(), lambda: x.cpu(), lambda: x[x > 0], lambda: bool((x > 0).any())]
 assert [reads(act) for act in waits] == [1, 1, 1, 1]
-goes_on = [lambda: x + x, lambda: net(x).sum().backward(), lambda: y.to(there), lambda: torch.randn(2, device=there)]
+goes_on = [lambda: x + x, lambda: net(x).sum(), lambda: y.to(there), lambda: torch.randn(2, device=there)]
 assert [reads(act) for act in goes_on] == [0, 0, 0, 0]
 sent = torch.ops.other.sends()
 goes_on[0](), goes_on[1]()
