@@ -10,6 +10,7 @@ from torch import Tensor
 
 from diffstill.diffusion.guidance import guide
 from diffstill.diffusion.prediction import PREDICTION_TYPES, PredictionType, target, to_epsilon, to_x0
+from diffstill.models.denoiser import measuring
 
 # Angles of (alpha, sigma) = (cos, sin), away from the ends where epsilon (or x0) is not determined.
 ANGLES = st.floats(0.01, math.pi / 2 - 0.01)
@@ -83,3 +84,30 @@ def test_guidance_commutes_with_conversion(
 def test_an_unknown_kind_is_answered_with_the_known_ones(convert: object) -> None:
     with pytest.raises(ValueError, match="'noise'; one of epsilon, sample, v_prediction"):
         convert(*numbers(0, 0, 0, 1), "noise")  # type: ignore[operator]
+
+
+def test_what_is_measured_on_cuda_is_measured_in_float32() -> None:
+    """These switches are there without a GPU, too; training has them on."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+
+    def switches() -> list[bool]:
+        return [matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark]
+
+    def switch(tf32: bool, convolutions: bool, tuned: bool) -> None:
+        matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = tf32, convolutions, tuned
+
+    def fails() -> None:
+        with measuring(torch.device("cuda")):
+            assert [*switches(), torch.is_grad_enabled()] == [False] * 4
+            raise KeyError
+
+    before = switches()
+    try:
+        switch(True, True, True)
+        with pytest.raises(KeyError):
+            fails()
+        assert [*switches(), torch.is_grad_enabled()] == [True] * 4, "also after an exception"
+        with measuring(torch.device("cpu")):
+            assert [*switches(), torch.is_grad_enabled()] == [True, True, True, False]
+    finally:
+        switch(*before)
