@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--splits", type=int, nargs="+", help="data.split_seed of each seed, for other images each")
     parser.add_argument("--runs", type=Path, default=Path("runs/chains"))
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="the JSON; default: under --runs, named after the recipe")
     asked = parser.parse_args()
     if asked.splits is not None and len(asked.splits) != asked.seeds:
         parser.error(f"--splits: {len(asked.splits)} of them for {asked.seeds} seeds; give one a seed")
@@ -112,8 +112,9 @@ def main() -> None:
         "protocol": told.protocol.model_dump(mode="json") if told.protocol else None,
         "models": summary(receipts),
     }
-    write_text(asked.out, json.dumps(written, indent=1, sort_keys=True) + "\n")
-    print(f"wrote {asked.out}")
+    out = asked.out or asked.runs / f"{asked.recipe}.json"
+    write_text(out, json.dumps(written, indent=1, sort_keys=True) + "\n")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

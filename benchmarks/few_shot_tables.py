@@ -176,6 +176,20 @@ def aims() -> str:
     return words.markdown([*header, "seeds nearer than fine-tuning", "diversity, % of real"], rows)
 
 
+def targets() -> str:
+    """One step by target: doing nothing, two stages, Uni-DAD."""
+    ways = {"source@1-renoise": "doing nothing", "finetune-then-dmd2": "two stages", "unidad": "Uni-DAD"}
+    figures = {"FD": ("fd", 1.0), "FD-pixels": ("fd_pixels", 1.0), "copies, %": ("memorised", 100.0)}
+    columns = [(heading, way) for heading in figures for way in ways if (heading, way) != ("copies, %", [*ways][0])]
+    rows = []
+    for run, (file, steps, own) in RUNS.items():
+        models = chain_models(file)
+        if steps == 1 and own in ways:
+            told = [cell(models[way], f"s=1 {figures[heading][0]}", figures[heading][1]) for heading, way in columns]
+            rows.append([run.removesuffix(", one step"), *told])
+    return words.markdown(["", *(f"{heading}: {ways[way]}" for heading, way in columns)], rows)
+
+
 def duels() -> str:
     """In how many seeds Uni-DAD is nearer, and copies less, than a way it is compared with."""
     others = {"finetune-then-dmd2": "fine-tuning, then DMD2", "single-head": "a single head"}

@@ -17,6 +17,7 @@ from diffstill import __version__
 from diffstill.engine.compiled import has_compiler
 from diffstill.engine.runtime import native_bf16
 from diffstill.evaluation.cost import MEGABYTE
+from diffstill.report.receipt import environment
 
 BUSY_LOAD = 0.5
 """Load average a core above which other work competes with the measurement."""
@@ -34,7 +35,7 @@ def cores() -> int:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Processor, device, versions, threads: JSON-able."""
+    """Processor, device, versions, threads, commit: JSON-able."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "cpu": _cpu_model(),
@@ -46,6 +47,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "packages": {name: version(name) for name in ("torch", "diffusers", "pillow")} | {"diffstill": __version__},
+        "git_commit": environment().git_commit,
         "load_average": load_average(),
     }
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from cifar10_results import aims_table
 from cifar10_results import table as models_table
-from few_shot_tables import BOTH, aims, by_number, by_way, cost, duels, smaller
+from few_shot_tables import BOTH, aims, by_number, by_way, cost, duels, smaller, targets
 from result_files import RESULTS, cell, chain_models, scaled
 
 from diffstill.report import words
@@ -28,8 +28,8 @@ PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
 MARKED = re.compile(r"<!-- begin: measured ([\w -]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
-def arena() -> ArenaResult:
-    return ArenaResult.load(RESULTS / "digits-arena")
+def arena(of: str = "digits-arena") -> ArenaResult:
+    return ArenaResult.load(RESULTS / of)
 
 
 def arena_summary() -> str:
@@ -60,8 +60,8 @@ def arena_summary() -> str:
     return words.markdown([*header, "training", "best at equal seconds"], [teacher, *map(cells, arms)])
 
 
-def arena_at(budget: Budget) -> Callable[[], str]:
-    return lambda: markdown_table(arena(), budget)
+def arena_at(budget: Budget, of: str = "digits-arena") -> Callable[[], str]:
+    return lambda: markdown_table(arena(of), budget)
 
 
 def throughput() -> str:
@@ -79,7 +79,8 @@ def throughput() -> str:
 
     def images(nets: str) -> str:
         times = sampled[nets]
-        note = f", scaled from {times['measured_images']} images" if times["scaled"] else ""
+        few = f"{times['measured_images']} images in {times['measured_steps']} of the steps"
+        note = f", scaled from {few}" if times["scaled"] else ""
         teacher, student = times["teacher_s_per_1000"], times["student_s_per_1000"]
         return f"{teacher:,.0f} s / {student:,.0f} s ({times['ratio']['median']:.2f}x{note})"
 
@@ -226,6 +227,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "arena": arena_summary,
     "arena at equal steps": arena_at("equal_steps"),
     "arena at equal seconds": arena_at("equal_seconds"),
+    "arena cifar10 small": arena_at("equal_steps", "cifar10-small-arena"),
     "throughput": throughput,
     "demo": variants(
         "digits-student.json",
@@ -257,6 +259,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "few shot small": smaller("few-shot-digits-small.json"),
     "few shot aims": aims,
     "few shot duels": duels,
+    "few shot targets": targets,
     "few shot cost": cost,
     "cifar10": cifar10(models_table),
     "cifar10 aims": cifar10(aims_table),

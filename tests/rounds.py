@@ -1,4 +1,4 @@
-"""What the tests of guided and progressive distillation share: exact models on the grid of guided.md 7, perfect
+"""What the tests of guided and progressive distillation share: exact models on one grid, perfect
 students of them, the laws that the real samplers make of noise, and a process that knows diffusers alone."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Losses of a discriminator of many heads, of its generator, and their penalties, in closed form (unidad.md 2.6)."""
+"""Losses of a discriminator of many heads, of its generator, and their penalties, in closed form (unidad.md 2)."""
 
 from __future__ import annotations
 

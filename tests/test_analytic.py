@@ -157,7 +157,7 @@ def test_epsilon_is_the_minimiser_of_the_denoising_loss(t: int, label: int) -> N
 
 
 def test_single_gaussian_is_the_affine_formula() -> None:
-    """``eps* = sigma (x - alpha m) / V``, ``V = alpha^2 d^2 + sigma^2`` (sfddm.md 7)."""
+    """``eps* = sigma (x - alpha m) / V``, ``V = alpha^2 d^2 + sigma^2``."""
     m, d = 0.3, 0.5
     world = GaussianMixtureWorld.single_gaussians(torch.full((1, 1, 2, 2), m), d)
     x = torch.randn(6, 1, 2, 2, dtype=torch.float64, generator=generator(0))
@@ -172,7 +172,7 @@ def test_single_gaussian_is_the_affine_formula() -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 2.5, 4.0])
 def test_guidance_of_equal_variance_gaussians(scale: float) -> None:
-    """``x0^s = x0_k + (s - 1) (sigma^2 / V) (mu_k - sum_j gamma_j mu_j)`` (guided.md 7.8), by way of epsilon."""
+    """``x0^s = x0_k + (s - 1) (sigma^2 / V) (mu_k - sum_j gamma_j mu_j)``, by way of epsilon."""
     g = generator(3)
     means, d = torch.randn(3, 1, 2, 2, generator=g, dtype=torch.float64), 0.4
     world = GaussianMixtureWorld.single_gaussians(means, d)

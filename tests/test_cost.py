@@ -140,8 +140,23 @@ def test_the_forecast_adds_up() -> None:
     assert forecast.flops_forward == flops
     assert forecast.flops_per_image == 3 * 2 * flops + count_flops(teacher)
     activations = 16 * 2 * (64 + 4 * 64) * 4 / 1e6
-    assert forecast.memory_mb == pytest.approx(77 * 4 * 5 / 1e6 + size_mb(teacher.network) + activations)
+    assert forecast.memory_mb == pytest.approx(
+        size_mb(student.network) + 77 * 4 * 4 / 1e6 + size_mb(teacher.network) + activations
+    )
     assert forecast.seconds_per_1000_images == pytest.approx(1000 * forecast.flops_per_image / forecast.flops_per_s)
     alone = predict_cost(student, batch_size=16, student_passes=1)
     assert alone.flops_per_image == 3 * flops
     assert alone.teacher_parameters == 0
+
+
+def test_the_forecast_counts_every_network_once_and_only_what_is_trained_four_times() -> None:
+    student, critic, still = small(), small().network, small().network.requires_grad_(False)
+    alone, size = predict_cost(student, batch_size=16).memory_mb, size_mb(still)
+    assert predict_cost(student, batch_size=16, beside=[critic]).memory_mb == pytest.approx(
+        alone + size + 77 * 4 * 3 / 1e6
+    )
+    both = predict_cost(student, batch_size=16, beside=[critic, still, still]).memory_mb
+    assert both == pytest.approx(alone + 2 * size + 77 * 4 * 3 / 1e6)
+    student.network.first.requires_grad_(False)  # the base of a LoRA: no gradient, no moments, no copy of its own
+    fixed = sum(p.numel() for p in student.network.first.parameters())
+    assert predict_cost(student, batch_size=16).memory_mb < alone - fixed * 4 * 4 / 1e6 + 1e-9

@@ -40,7 +40,7 @@ def test_tirt_starts_at_min_snr_5_with_unit_mean() -> None:
 
 
 def test_the_published_schedule_gives_the_known_shares() -> None:
-    """dash.md 7.2: snr > 5 at exactly the first 261 timesteps; shares of t >= 500 and t >= 800."""
+    """snr > 5 at exactly the first 261 timesteps; shares of t >= 500 and t >= 800."""
     assert (SCHEDULE.snr > 5).nonzero().flatten().tolist() == list(range(261))
     weights = made().weights().detach().double()
     share = weights / weights.sum()
@@ -83,7 +83,7 @@ def test_which_rules_learn(rule: str, learns: bool) -> None:
 @given(seed=st.integers(0, 10_000), normalise=st.sampled_from(["batch", "all"]))
 @settings(max_examples=40, deadline=None)
 def test_descent_lowers_lambda_exactly_where_loss_exceeds_the_weighted_mean(seed: int, normalise: str) -> None:
-    """d loss / d omega_i has the sign of loss_i - weighted mean (dash.md 6, trap (b)); with every t in the batch once
+    """d loss / d omega_i has the sign of loss_i - weighted mean (dash.md 6); with every t in the batch once
     both normalisers are the same."""
     curriculum = made(SMALL, normalise=normalise, clamp=None).double()  # the last timesteps weigh 1e-7
     with torch.no_grad():

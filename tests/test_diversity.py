@@ -114,8 +114,8 @@ def test_clusters_built_by_hand() -> None:
     assert (found.empty, found.singletons) == (1, 1)
     assert found.value.value == pytest.approx((20 + 15) / 2 / 127.5)
     assert found.protocol == "intra-cluster/1"
-    # Mean distances of the first cluster's members: 25, 15, 20; the cluster of two adds no width.
-    error = math.sqrt(4 * 25 / 3) / 2 / 127.5
+    # Left out one by one: means of 10, 30, 20 instead of the first 20; without one of the last two, 20 alone.
+    error = math.sqrt((10**2 + 10**2 + 0) / 4 + 2 * (20 - 17.5) ** 2) / 127.5
     assert found.value.high - found.value.value == pytest.approx(1.959964 * error, rel=1e-5)
 
 
@@ -177,6 +177,37 @@ def test_the_interval_is_as_wide_as_the_truth_scatters() -> None:
     assert 0.9 <= sum(e.low <= truth <= e.high for e in found) / 200 <= 0.99
     half = torch.tensor([e.high - e.value for e in found]).mean() / 1.959964
     assert float(half / values.std()) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("crdi", [False, True])
+def test_the_interval_is_what_leaving_each_sample_out_changes(crdi: bool) -> None:
+    """Done by brute force, with clusters of 1, 2, 3 and many."""
+    generator = torch.Generator().manual_seed(1)
+    anchors = torch.arange(5.0)[:, None] * 100
+    points = torch.randn(40, 1, generator=generator) + anchors[torch.tensor([0] + [1] * 2 + [2] * 3 + [3] * 34)]
+    distance = FeatureDistance(MeanExtractor())
+    found = cluster_diversity(points, anchors, distance, crdi_compat=crdi)
+    assert found.sizes[:5] == (1, 2, 3, 34, 0)
+    kept = [torch.arange(40) != i for i in range(40)]
+    without = [cluster_diversity(points[keep], anchors, distance, crdi_compat=crdi).value.value for keep in kept]
+    error = math.sqrt(sum((value - found.value.value) ** 2 for value in without))
+    assert found.value.high - found.value.value == pytest.approx(1.959964 * error, rel=1e-5)
+
+
+@pytest.mark.parametrize("shares", [(0.004, 0.01, 0.02, 0.2), (0.01, 0.02, 0.03, 0.3)])
+def test_the_interval_also_holds_where_some_clusters_are_small(shares: tuple[float, ...]) -> None:
+    """300 samples, clusters of other widths: some of a few samples only, which come and go."""
+    generator = torch.Generator().manual_seed(0)
+    anchors = torch.arange(5.0)[:, None] * 1000
+    widths = torch.tensor([1.0, 3.0, 2.0, 4.0, 2.5])
+    weights = torch.tensor([*shares, 1 - sum(shares)])
+    found = []
+    for _ in range(300):
+        which = torch.multinomial(weights, 300, replacement=True, generator=generator)
+        points = anchors[which] + widths[which, None] * torch.randn(300, 1, generator=generator)
+        found.append(cluster_diversity(points, anchors, FeatureDistance(MeanExtractor())).value)
+    mean = sum(e.value for e in found) / len(found)
+    assert sum(e.low <= mean <= e.high for e in found) / len(found) >= 0.9
 
 
 # --- memorisation

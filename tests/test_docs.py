@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import argparse
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -43,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SHELL = ("bash", "sh", "console")
+SECTION = re.compile(r"\b([\w-]+\.md) (\d+(?:\.\d+)*)((?:, \d+(?:\.\d+)*)*)")
 
 
 def page_id(page: Path) -> str:
@@ -120,6 +123,40 @@ def test_command_is_understood(line: str) -> None:
         assert name.isupper() or name.endswith(".yaml"), f"no recipe is called {name}"
 
 
+def benchmark_lines() -> list[tuple[str, str]]:
+    """(page, line) of every ``python benchmarks/...`` with its arguments, in shell blocks and in the running text."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = [line for block in blocks(page, *SHELL) for line in shell_lines(block)]
+        lines += re.findall(r"`(python benchmarks/[^`\n]+)`", FENCE.sub("", text))
+        found += [(page_id(page), m[1]) for line in lines if (m := re.search(r"python (benchmarks/[^;|&#]+)", line))]
+    return found
+
+
+class Parsed(Exception):
+    """The arguments of a script were understood."""
+
+
+@pytest.mark.parametrize(("page", "line"), benchmark_lines())
+def test_benchmark_is_understood(page: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    script, *arguments = shlex.split(line)
+    as_it_is = argparse.ArgumentParser.parse_args
+
+    def only_parse(parser: argparse.ArgumentParser, argv: Any = None, namespace: Any = None) -> Any:
+        as_it_is(parser, argv, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", only_parse)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    if "parse_args" not in (ROOT / script).read_text(encoding="utf-8"):
+        assert not arguments, f"{script} takes none"
+        return
+    with pytest.raises(Parsed):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
 def test_wrong_commands_would_be_seen(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
@@ -159,6 +196,18 @@ def test_relative_links_resolve(page: Path) -> None:
         assert file.exists(), f"{page_id(page)} links to {target}"
         if anchor and file.suffix == ".md":
             assert anchor in headings(file), f"{page_id(page)} links to {target}"
+
+
+def test_sections_named_in_the_code_exist() -> None:
+    """``dash.md 5.1`` in a docstring is a heading of that page."""
+    numbers = {page.name: set(re.findall(r"^#+ (\d+(?:\.\d+)*) ", page.read_text("utf-8"), re.M)) for page in PAGES}
+    named = []
+    for folder in ("src", "tests", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for page, first, more in SECTION.findall(file.read_text(encoding="utf-8")):
+                named += [(file.name, page, number) for number in [first, *re.findall(r"\d+(?:\.\d+)*", more)]]
+    assert len(named) > 30
+    assert [(file, page, n) for file, page, n in named if page in numbers and n not in numbers[page]] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)

@@ -53,7 +53,7 @@ def bridge(
     [(4, (1.9189, 2.0, 2.1622)), (64, (1.7658, 2.0, 2.4685)), (256, (1.7540, 2.0, 2.4919))],
 )
 def test_a_bridge_between_two_gaussians(steps: int, expected: tuple[float, ...]) -> None:
-    """From N(-1, .5^2) to N(2, .25^2), the table of guided.md 7.11; its limit is ``2 + (x + 1) / 2``."""
+    """From N(-1, .5^2) to N(2, .25^2), known answers; their limit is ``2 + (x + 1) / 2``."""
     x = torch.tensor([-1.5, -1.0, 0.0], dtype=torch.float64).view(3, 1, 1, 1)
     made = bridge(gaussian(-1, 0.5), gaussian(2, 0.25), x, from_the_clean_image(steps), list(range(1, steps + 1)))
     assert made.flatten().tolist() == pytest.approx(expected, abs=6e-5)

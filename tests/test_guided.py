@@ -1,5 +1,5 @@
 """Guidance as an input of the network: known maps, stage 1 against its teacher, what is saved and what is refused
-(guided.md 2.2 and 7, items 7 to 10)."""
+(guided.md 1)."""
 
 from __future__ import annotations
 

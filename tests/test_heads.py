@@ -1,4 +1,4 @@
-"""Where a discriminator looks, the heads that judge there, and what they may not see (unidad.md 2.6; 7, T10)."""
+"""Where a discriminator looks, the heads that judge there, and what they may not see (unidad.md 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Noise levels by their ratio: conversions, Karras and geometric lists, the times of levels (unidad.md 2.2, 2.3)."""
+"""Noise levels by their ratio: conversions, Karras and geometric lists, the times of levels (unidad.md 2)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from diffstill.models.denoiser import Denoiser
 
 LINEAR = NoiseSchedule.create("linear", 1000)
 CHAINS = {1: [930], 2: [144, 930], 3: [144, 604, 930], 4: [144, 456, 728, 930]}
-"""Nearest steps of the linear schedule of DDPM to the student's levels from 80 to 0.5 (unidad.md 2.3)."""
+"""Nearest steps of the linear schedule of DDPM to the student's levels from 80 to 0.5 (unidad.md 2)."""
 
 
 def value(number: float) -> torch.Tensor:

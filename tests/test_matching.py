@@ -1,4 +1,4 @@
-"""Distribution matching between Gaussians: known gradients, fixed points and normalisers (unidad.md 2.4; 7, T2 to T7).
+"""Distribution matching between Gaussians: known gradients, fixed points and normalisers (unidad.md 2).
 
 ``E[x0 | x_t] = m + v / (v + r^2) (x_t - m)`` for N(m, v) in the variance-exploding form ``x_t = x + r n``.
 """
@@ -97,7 +97,7 @@ def test_two_gaussians_of_one_width_differ_by_the_same_for_every_sample(
             clean(x_t, (real, variance), ratio),
             normalizer,
             x_t=x_t,
-            sigma=torch.ones(7, 1, dtype=torch.float64),
+            ratio=torch.ones(7, 1, dtype=torch.float64),
         )
         assert bool((found.sign() == math.copysign(1, delta)).all()), "whatever it is divided by"
 
@@ -254,18 +254,21 @@ def test_each_sample_and_each_teacher_has_its_own_divisor() -> None:
 
 
 def test_the_other_normalisers_are_what_they_say() -> None:
-    """``critic`` is the paper's form: the difference of noise estimates over the critic's own error, times sigma."""
+    """``critic`` is the paper's form: the difference of noise estimates over the critic's own error, times
+    ``sigma / alpha``."""
     x, noise, eps_critic, eps_teacher = normals(4, 5, 1, 4, 4)
     ratio = torch.tensor([0.1, 0.5, 1.0, 5.0, 40.0], dtype=torch.float64).view(5, 1, 1, 1)
     alpha, sigma = signal_and_noise(ratio)
     x_t = alpha * x + sigma * noise
     critic, teacher = (to_x0(eps, x_t, alpha, sigma, "epsilon") for eps in (eps_critic, eps_teacher))
     mean = (noise - eps_critic).abs().flatten(1).mean(1).view(5, 1, 1, 1)
-    found = matching_gradient(x, critic, teacher, "critic", sigma=sigma)
-    torch.testing.assert_close(found, sigma * (eps_teacher - eps_critic) / mean)
+    found = matching_gradient(x, critic, teacher, "critic", ratio=ratio)
+    torch.testing.assert_close(found, ratio * (eps_teacher - eps_critic) / mean)
     noisy = matching_gradient(x, critic, teacher, "noisy", x_t=x_t)
     error = (x_t - teacher).abs().flatten(1).mean(1).view(5, 1, 1, 1)
     torch.testing.assert_close(noisy, (critic - teacher) / error)
+    with pytest.raises(ValueError, match="critic needs the noise-to-signal ratio"):
+        matching_gradient(x, critic, teacher, "critic")
     with pytest.raises(ValueError, match="unknown normalizer 'l1'; one of teacher, critic, noisy, none"):
         matching_gradient(x, critic, teacher, "l1")  # type: ignore[arg-type]
 
@@ -274,10 +277,10 @@ def test_the_other_normalisers_are_what_they_say() -> None:
 def test_equal_estimates_give_zero_also_where_both_are_perfect(normalizer: Normalizer) -> None:
     """0 / 0; and what is not finite is no step at all."""
     x = normals(2, 3)
-    zero = matching_gradient(x, x, x, normalizer, x_t=x, sigma=torch.ones(2, 1, dtype=torch.float64))
+    zero = matching_gradient(x, x, x, normalizer, x_t=x, ratio=torch.ones(2, 1, dtype=torch.float64))
     assert bool((zero == 0).all())
     other = normals(2, 3, seed=1)
-    same = matching_gradient(x, other, other, normalizer, x_t=x, sigma=torch.ones(2, 1, dtype=torch.float64))
+    same = matching_gradient(x, other, other, normalizer, x_t=x, ratio=torch.ones(2, 1, dtype=torch.float64))
     assert bool((same == 0).all())
 
 

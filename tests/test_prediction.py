@@ -58,7 +58,7 @@ def test_v_is_the_rotation_of_salimans_and_ho(x0: float, noise: float, angle: fl
 @given(first=NUMBERS, second=NUMBERS, x_t=NUMBERS, angle=ANGLES)
 @settings(deadline=None)
 def test_errors_scale_with_snr(first: float, second: float, x_t: float, angle: float) -> None:
-    """``|d_eps|^2 = snr |d_x|^2`` and ``|d_v|^2 = (1 + snr) |d_x|^2`` (guided.md 2.1)."""
+    """``|d_eps|^2 = snr |d_x|^2`` and ``|d_v|^2 = (1 + snr) |d_x|^2``."""
     a, b, x, alpha, sigma = numbers(first, second, x_t, math.cos(angle), math.sin(angle))
     snr = alpha**2 / sigma**2
     d_x = a - b

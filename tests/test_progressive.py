@@ -1,5 +1,5 @@
 """Progressive distillation: closed-form slopes and chains, rounds in the real trainer, what a round starts and ends as
-(guided.md 2.3 and 7, items 1 to 4 and 12)."""
+(guided.md 2)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ZERO = torch.zeros(2, dtype=torch.int64)
     ("steps", "std"), [(1, 0.0), (2, 0.2), (4, 0.333441), (8, 0.411375), (32, 0.476459), (1024, 0.499248)]
 )
 def test_a_strided_model_has_the_table_of_its_number_of_steps(steps: int, std: float) -> None:
-    """guided.md 7.1 by way of ``respaced``; test_sampling.py has it to 1e-6. Here the noisiest step keeps the signal
+    """Known answers by way of ``respaced``; test_sampling.py has them to 1e-6. The noisiest step keeps the signal
     of a beta that float32 can tell from 1: alpha is 3.5e-4 of the step before."""
     model = exact(1024).respaced(spaced_indices(1024, steps, "trailing"))
     assert ddim_law(model) == (pytest.approx(0.3, abs=2e-4), pytest.approx(std, abs=4e-4))

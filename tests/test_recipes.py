@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import yaml
 
 from diffstill.checks.bench import tiny_denoiser
 from diffstill.engine.runtime import Runtime
+from diffstill.errors import InputError
 from diffstill.evaluation.cost import count_flops
 from diffstill.jobs.build import Teacher, build_arm, build_denoiser, build_network
 from diffstill.jobs.distill import teacher_recipe
@@ -100,6 +102,34 @@ def test_an_arm_of_another_family_takes_no_options_of_the_recipes() -> None:
     )
     made = build_arm(recipe, spec, teacher, 0)
     assert type(unwrap(made.student.network)).__name__ == "DiTTransformer2DModel"
+
+
+@pytest.mark.parametrize(
+    ("method", "live"),
+    [
+        ({"name": "dash"}, True),
+        ({"name": "composite"}, True),
+        ({"name": "gap"}, True),
+        ({"name": "guided", "weighting": "snr"}, True),
+        ({"name": "conditional"}, False),
+        ({"name": "supervised"}, False),
+        ({"name": "dash", "lambda_un": 0}, False),
+    ],
+)
+def test_an_arm_that_learns_from_the_null_branch_needs_a_live_one(method: dict[str, Any], live: bool) -> None:
+    """Of a teacher with one scale baked in."""
+    recipe = load_recipe("digits-dash")
+    assert isinstance(recipe, DistillRecipe)
+    options = {} if method["name"] in ("guided", "supervised") else {"curriculum": "none"}
+    spec = ArmSpec.model_validate({"method": method | options, "student": {"family": "teacher"}})
+    teacher = Teacher(tiny_denoiser((16, 32), 0), None, None, None)
+    build_arm(recipe, spec, teacher, 0)
+    dead = dataclasses.replace(teacher, guided=False)
+    if not live:
+        build_arm(recipe, spec, dead, 0)
+        return
+    with pytest.raises(InputError, match=r"^teacher: 'teacher' has no live null branch to learn from"):
+        build_arm(recipe, spec, dead, 0)
 
 
 OF_OUR_TEACHERS = [n for n in NAMES if isinstance(r := load_recipe(n), DistillRecipe) and r.teacher.pipeline is None]

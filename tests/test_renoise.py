@@ -1,5 +1,5 @@
 """The chain of a few-step generator: training's unroll, the sampler, its scheduler and plain diffusers are one
-(unidad.md 2.3; 7, T14)."""
+(unidad.md 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Respaced schedules and models against closed-form chains (sfddm.md 7)."""
+"""Respaced schedules and models against closed-form chains."""
 
 from __future__ import annotations
 
@@ -16,6 +16,27 @@ from diffstill.checks.bench import tiny_denoiser
 from diffstill.diffusion.guidance import Constant
 from diffstill.diffusion.sampling import ddim_sample
 from diffstill.diffusion.schedule import NoiseSchedule, spaced_indices
+from diffstill.jobs.build import build_student
+from diffstill.models.adapters import unwrap
+from diffstill.recipe import MethodSpec, NetworkSpec
+
+
+@pytest.mark.parametrize(("init", "known"), [("inherit", True), ("magnitude", True), ("fresh", False)])
+def test_inherited_weights_are_asked_at_the_timesteps_they_know(init: str, known: bool) -> None:
+    teacher = tiny_denoiser((8, 16), 0).freeze()
+    few = teacher.respaced(spaced_indices(teacher.schedule.T, 4, "trailing"))
+    shape = {"block_out_channels": [8, 16], "layers_per_block": 1, "attention_levels": [], "norm_num_groups": 4}
+    spec = NetworkSpec.model_validate({"family": "unet2d", "init": init, **shape})
+    student = build_student(spec, MethodSpec(name="dash"), few, seed=0)
+    assert (student.time_index is not None) == known
+    if init != "inherit":
+        return
+    for name, value in unwrap(student.network).state_dict().items():
+        value.copy_(unwrap(teacher.network).state_dict()[name])
+    x, t, labels = torch.randn(4, *teacher.sample_shape), torch.arange(4), torch.arange(4) % teacher.num_classes
+    student.network.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(student(x, t, labels), few(x, t, labels))
 
 
 def test_the_released_schedule_has_its_known_levels() -> None:

@@ -15,7 +15,15 @@ from worlds import cosine_pi, generator, uneven_world
 from diffstill.analytic import GaussianMixtureWorld, analytic_denoiser
 from diffstill.diffusion.guidance import TAG, Constant, GuidanceSchedule, Interval, guide
 from diffstill.diffusion.prediction import PREDICTION_TYPES, PredictionType
-from diffstill.diffusion.sampling import ClipMode, ddim_sample, ddim_timesteps, image_noise
+from diffstill.diffusion.sampling import (
+    ClipMode,
+    ddim_sample,
+    ddim_timesteps,
+    image_noise,
+    reaches_noise,
+    steps_mend,
+    usual_steps,
+)
 from diffstill.diffusion.schedule import NoiseSchedule
 
 COSINE = NoiseSchedule.create("cosine", 1000)
@@ -176,7 +184,7 @@ def pushed_moments(
     ],
 )
 def test_ddim_on_a_gaussian_linear_schedule_leading(steps: int, mean: float, std: float) -> None:
-    """Known answers of sfddm.md 7."""
+    """Known answers."""
     schedule = NoiseSchedule.create("linear", 1000)
     assert pushed_moments(single(), schedule, "epsilon", steps=steps) == pytest.approx([mean, std], abs=2e-6)
 
@@ -192,7 +200,7 @@ def test_ddim_on_a_gaussian_linear_schedule_leading(steps: int, mean: float, std
     ],
 )
 def test_ddim_on_a_gaussian_linear_schedule_trailing(steps: int, mean: float, std: float) -> None:
-    """Explicit timesteps: the trailing grid 999, 999 - T/N, ... of sfddm.md 7."""
+    """Explicit timesteps: the trailing grid 999, 999 - T/N, ...."""
     schedule = NoiseSchedule.create("linear", 1000)
     trailing = (np.arange(1000, 0, -1000 // steps) - 1).tolist()
     moments = pushed_moments(single(), schedule, "epsilon", timesteps=trailing)
@@ -213,9 +221,46 @@ def test_ddim_on_a_gaussian_linear_schedule_trailing(steps: int, mean: float, st
     ],
 )
 def test_ddim_on_a_gaussian_continuous_cosine(steps: int, std: float) -> None:
-    """Known answers of guided.md 7.1."""
+    """Known answers."""
     moments = pushed_moments(single(), cosine_pi(steps), "v_prediction", steps=steps)
     assert moments == pytest.approx([0.3, std], abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", [64, 96, 128])
+def test_a_model_of_few_steps_is_sampled_from_pure_noise(steps: int) -> None:
+    """N(.3, .5^2) under a cosine schedule of so many steps: 50 evenly spaced ones would begin in its clean half."""
+    schedule = NoiseSchedule.create("cosine", steps)
+    mean, std = pushed_moments(single(), schedule, "epsilon", steps=usual_steps(steps))
+    assert (mean, std) == (pytest.approx(0.3, abs=2e-3), pytest.approx(0.5, abs=0.02))
+    mean, std = pushed_moments(single(), schedule, "epsilon", steps=50)
+    assert abs(mean - 0.3) > 0.05, "what would go wrong"
+
+
+def test_usual_numbers_of_steps() -> None:
+    assert [usual_steps(T) for T in (1000, 500, 100, 50, 8, 1)] == [50, 50, 50, 50, 8, 1]
+    assert [usual_steps(T) for T in (64, 96, 128, 190)] == [64, 96, 128, 190]
+    assert [usual_steps(1000, most) for most in (25, 30, 1000, 2000)] == [25, 30, 1000, 1000]
+    assert usual_steps(4, 1) == 4, "one step would return the noise"
+
+
+def test_steps_that_leave_the_noisy_end_out_are_named_with_what_would_do() -> None:
+    assert all(steps_mend(1000, n) is None for n in (2, 4, 10, 25, 30, 50, 100, 250, 333, 500, 1000))
+    assert steps_mend(1000, 0) == steps_mend(1000, 1001) == "use 1..1000, the length of the model's schedule"
+    for steps, near in ((1, "use 2: "), (600, "use 500 or 851: "), (350, "use 333 or ")):
+        told = steps_mend(1000, steps)
+        assert told is not None
+        assert told.startswith(near), told
+    assert steps_mend(1, 1) is None
+
+
+@given(T=st.integers(2, 2000), data=st.data())
+def test_what_is_recommended_will_do(T: int, data: st.DataObject) -> None:
+    steps = data.draw(st.integers(1, T))
+    told = steps_mend(T, steps)
+    assert (told is None) == reaches_noise(T, steps)
+    numbers = [] if told is None else [int(word) for word in told.split(":")[0].split() if word.isdigit()]
+    assert all(steps_mend(T, number) is None for number in numbers)
+    assert steps_mend(T, usual_steps(T, steps)) is None
 
 
 def test_many_steps_reach_the_exact_flow() -> None:
@@ -278,7 +323,7 @@ def test_guided_ddim_on_gaussians_is_the_closed_form_recursion(guidance: Guidanc
 def test_guided_sampling_of_the_hierarchical_gaussian(
     scale: float, steps: int, on_noise: float, on_condition: float
 ) -> None:
-    """c ~ N(0, 1), x | c ~ N(c, 1/4), null N(0, 5/4): ``sample = M_z z + M_c c`` with the table of guided.md 7.7."""
+    """c ~ N(0, 1), x | c ~ N(c, 1/4), null N(0, 5/4): ``sample = M_z z + M_c c``: a table of known answers."""
     schedule = cosine_pi(steps)
     null_world = single(0.0, math.sqrt(1.25))
 

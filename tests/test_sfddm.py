@@ -1,4 +1,4 @@
-"""Fewer steps: respaced schedules and models against closed-form chains, and SFDDM's losses (sfddm.md 7)."""
+"""Fewer steps: respaced schedules and models against closed-form chains, and SFDDM's losses."""
 
 from __future__ import annotations
 
@@ -278,6 +278,13 @@ def test_a_run_measures_the_teacher_the_strided_teacher_and_the_student(run: Pat
     assert [point.nfe for point in receipt.models["student"].sweep] == [4, 8]
     assert receipt.models["student"].fidelity is not None, "the gap is compared at the steps that both have"
     assert receipt.models["teacher"].fidelity is None
+
+
+def test_a_student_of_the_conditional_branch_alone_has_no_live_null_branch(tmp_path: Path) -> None:
+    few = [*FEW, "respace.steps=4", "evaluation.teacher_steps=6", "method.null_weight=0"]
+    assert main(["distill", "digits-sfddm", *few, "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    assert not load_model(tmp_path / "run" / "model").guided
+    assert len(Receipt.load(tmp_path / "run" / "receipt.json").models["student"].sweep) == 1
 
 
 def test_the_student_is_an_ordinary_model_of_its_steps(run: Path) -> None:

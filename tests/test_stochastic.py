@@ -1,5 +1,5 @@
 """The N-step stochastic sampler and what is trained for it: exact laws, the closed recursion of jumps, the scheduler
-that travels, and the way there and back (guided.md 4 and 7, items 5, 6 and 11)."""
+that travels, and the way there and back (guided.md 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uni-DAD's losses written out by hand, and whom their gradients reach (unidad.md 2.4 to 2.7; 7, T7 to T9, T12)."""
+"""Uni-DAD's losses written out by hand, and whom their gradients reach (unidad.md 2)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_matching_is_its_definition(kind: PredictionType, a: float, normaliz
         critic, real, target = (
             x0_of(m, x_t, t, batch.labels, alpha, sigma) for m in (method.critic, method.teacher, method._target)
         )
-        g = [matching_gradient(x, critic, r, normalizer, x_t=x_t, sigma=sigma) for r in (real, target)]
+        g = [matching_gradient(x, critic, r, normalizer, x_t=x_t, ratio=sigma / alpha) for r in (real, target)]
         loss, slope = method.matching(x, batch)
     wanted = (1 - a) * g[0].square().mean() / 2 + a * g[1].square().mean() / 2
     torch.testing.assert_close(loss, wanted, rtol=1e-3, atol=1e-6)
@@ -194,7 +194,7 @@ def test_penalties_are_weighted_as_the_options_say() -> None:
     assert losses.total.item() == pytest.approx(whole, rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------ denoising (T8, T9)
+# --------------------------------------------------------------------------------------------------------- denoising
 
 
 @pytest.mark.parametrize("kind", PREDICTION_TYPES)
@@ -250,7 +250,7 @@ def test_the_target_teacher_learns_from_the_few_images_and_never_sees_generated_
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-# ------------------------------------------------------------------------------------------------- isolation (T12)
+# --------------------------------------------------------------------------------------------------------- isolation
 
 TRAINED = {"student": {"student"}, "critic": {"critic", "heads"}, "target": {"target_teacher"}}
 
@@ -321,7 +321,7 @@ def test_what_asked_for_gradients_does_so_afterwards_and_nothing_more(phase: str
     assert not any(inside)
 
 
-# ------------------------------------------------------------------------------------------------- who is asked (T7)
+# ------------------------------------------------------------------------------------------------------ who is asked
 
 
 def asked(**options: Any) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The order of Uni-DAD's parts on real digits, trained at full length: the specification's nightly test (T21)."""
+"""The order of Uni-DAD's parts on real digits, trained at full length."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Uni-DAD as a user runs it: ten digits through the command line, and a ring of Gaussians that moves to two new modes
-(unidad.md 7, T20, T21)."""
+"""Uni-DAD as a user runs it: ten digits through the command line, and a ring of Gaussians that moves to two new
+modes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from diffstill.models.folder import load_model
 from diffstill.recipe import DistillRecipe, load_recipe
 from diffstill.report.receipt import Receipt
 
-# ------------------------------------------------------------------------------------------------ ten digits (T21)
+# ------------------------------------------------------------------------------------------------ ten digits
 
 EVALUATION = ["evaluation.samples=20", "evaluation.pairs=20", "evaluation.latency_batches=[1]"]
 TEACHER = [
@@ -92,6 +92,15 @@ def test_ten_digits_make_a_two_step_generator_that_plain_diffusers_draws(teacher
     theirs = torch.from_numpy(images).permute(0, 3, 1, 2)
     assert theirs.std() > 0.05
     torch.testing.assert_close(theirs, (ours / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-6)
+
+
+def test_eval_gives_the_teacher_its_own_steps_not_the_generators(teacher: Path, tmp_path: Path) -> None:
+    """In the generator's one or two steps the teacher would return noise."""
+    assert main(["distill", recipe(teacher, tmp_path), "--out", str(tmp_path / "run"), "--quiet"]) == 0
+    words = ["eval", str(tmp_path / "run/model"), "--teacher", str(teacher), "samples=20", "pairs=20", "steps=10"]
+    assert main([*words, "--out", str(tmp_path / "eval"), "--quiet"]) == 0
+    found = Receipt.load(tmp_path / "eval" / "receipt.json").models
+    assert {name: model.steps for name, model in found.items()} == {"teacher": 10, "student": 2}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +220,7 @@ def test_a_role_must_be_a_model_of_the_same_thing(
     assert capsys.readouterr().err.strip() == f"diffstill: roles.critic: {says}"
 
 
-# ---------------------------------------------------------------------------------------------- eight modes (T20)
+# ----------------------------------------------------------------------------------------------- eight modes
 
 SCHEDULE = NoiseSchedule.create("linear", 1000)
 CENTRES = torch.tensor([[0.75, 0.55], [0.75, -0.55]])

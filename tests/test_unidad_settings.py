@@ -1,5 +1,5 @@
 """What Uni-DAD is built of: options, heads, starting models, precision, and the methods that are settings of it
-(unidad.md 2.1, 5.5; 7, T1, T22)."""
+(unidad.md 2, 3)."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_roles_start_from_the_teacher_or_from_what_the_recipe_names() -> None:
         assert all(p.requires_grad for p in method.roles[role].parameters()), "though the finished model is frozen"
 
 
-# ------------------------------------------------------------------------------------------- settings of it (T22)
+# ----------------------------------------------------------------------------------------------- settings of it
 
 SINGLE: dict[str, Any] = {"taps": "last", "head": "conv", "steps": 2, "student_every": 2}
 
@@ -137,7 +137,7 @@ def test_dmd2_has_one_head_of_its_own_on_the_bottleneck() -> None:
         torch.testing.assert_close(bench.loss(other, bench.batch()).total, losses.total)
 
 
-# ---------------------------------------------------------------------------------------------------- precision (T1)
+# ---------------------------------------------------------------------------------------------------- precision
 
 
 def estimates(exact: bool) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,4 @@
-"""Uni-DAD in the real trainer: cadence, clocks, what stays, resume, calibration, divergence (unidad.md 2.7; 7, T9, T12,
-T13, T15, T16, T18)."""
+"""Uni-DAD in the real trainer: cadence, clocks, what stays, resume, calibration, divergence (unidad.md 2)."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def updates(arm: Arm) -> dict[str, set[int]]:
     }
 
 
-# ------------------------------------------------------------------------------------------------------ cadence (T13)
+# --------------------------------------------------------------------------------------------------------- cadence
 
 
 @pytest.mark.parametrize(
@@ -124,7 +123,7 @@ def test_accumulation_counts_updates_and_changes_none(tmp_path: Path) -> None:
             assert whole[part] == pytest.approx(parts[part], rel=0.1)
 
 
-# -------------------------------------------------------------------------------------------------- what stays (T12)
+# ------------------------------------------------------------------------------------------------------ what stays
 
 
 def test_teachers_stay_as_they_were_and_in_no_optimizer(tmp_path: Path) -> None:
@@ -194,7 +193,7 @@ def test_fewer_images_than_the_batch_are_enough(tmp_path: Path) -> None:
     assert trainer.arms[0].finite()
 
 
-# -------------------------------------------------------------------------------------------------------- resume (T16)
+# ---------------------------------------------------------------------------------------------------------- resume
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
@@ -220,7 +219,7 @@ def test_a_checkpoint_holds_what_the_method_remembers(tmp_path: Path) -> None:
     assert_same(again.arms[0].method.memory, arm.method.memory)
 
 
-# ------------------------------------------------------------------------------------------------- calibration
+# ----------------------------------------------------------------------------------------------------- calibration
 
 
 def test_the_gans_weight_is_calibrated_to_its_share(tmp_path: Path) -> None:
@@ -266,7 +265,7 @@ def test_a_calibration_counts_updates_whatever_the_micro_batches(tmp_path: Path)
     assert found[4] == found[5] != pytest.approx(0.01)
 
 
-# ---------------------------------------------------------------------------------------------------- divergence
+# ------------------------------------------------------------------------------------------------------ divergence
 
 
 def test_images_that_leave_their_range_are_a_fault() -> None:

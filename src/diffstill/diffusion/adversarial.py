@@ -1,4 +1,4 @@
-"""Losses of a discriminator with one or many heads, and of the generator that it judges (unidad.md 2.6)."""
+"""Losses of a discriminator with one or many heads, and of the generator that it judges (unidad.md 2)."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ def lerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     """``(1 - weight) a + weight b``; everything broadcasts.
 
     Of two independent standard-normal noises the mixture has variance ``(1 - l)^2 + l^2``: half of it in the middle,
-    where a sampler meets images of too little noise (sfddm.md 4).
+    where a sampler meets images of too little noise.
     """
     return (1 - weight) * a + weight * b
 

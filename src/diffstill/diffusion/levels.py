@@ -31,7 +31,7 @@ def karras_ratios(low: float, high: float, count: int = 1000, rho: float = 7.0) 
 
 
 def geometric_ratios(high: float, low: float, count: int) -> Tensor:
-    """(count,) float64, falling from ``high`` to ``low``, both included; one value is ``high`` (unidad.md 2.3).
+    """(count,) float64, falling from ``high`` to ``low``, both included; one value is ``high`` (unidad.md 2).
 
     Raises:
         ValueError: ``count`` under 1, or with several unless ``0 < low < high``.

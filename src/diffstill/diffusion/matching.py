@@ -1,6 +1,6 @@
 """Distribution matching: the direction in which a generator's images should move, and a loss that moves them there.
 
-DMD (Yin et al., 2311.18828), DMD2 (2405.14867), Uni-DAD (2511.18281); unidad.md 2.4.
+DMD (Yin et al., 2311.18828), DMD2 (2405.14867), Uni-DAD (2511.18281); unidad.md 2.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def matching_gradient(
     normalizer: Normalizer = "teacher",
     *,
     x_t: Tensor | None = None,
-    sigma: Tensor | None = None,
+    ratio: Tensor | None = None,
 ) -> Tensor:
     """``(x0_critic - x0_teacher) / w`` (B, ...): images move against it, towards what the teacher finds likely.
 
@@ -32,16 +32,20 @@ def matching_gradient(
     Args:
         x: (B, ...) generated images, on which ``x_t`` was made.
         x_t: the noisy images, for ``noisy``.
-        sigma: noise scale (B, 1, ...), for ``critic``.
+        ratio: noise-to-signal ratio (B, 1, ...) at ``x_t``, for ``critic``, whose ``w`` is the critic's mean absolute
+            error divided by it: in noise estimates, ``ratio (eps_teacher - eps_critic) / mean |eps - eps_critic|``.
+
+    Raises:
+        ValueError: an unknown normalizer, or ``critic`` without ``ratio``.
     """
     direction = x0_critic - x0_teacher
     if normalizer == "none":
         return direction
-    against, scale = x0_teacher, 1.0
-    where = x
+    against, where, scale = x0_teacher, x, x.new_ones(())
     if normalizer == "critic":
-        against = x0_critic
-        scale = sigma if sigma is not None else 1.0  # type: ignore[assignment]
+        if ratio is None:
+            raise ValueError("critic needs the noise-to-signal ratio")
+        against, scale = x0_critic, ratio
     elif normalizer == "noisy":
         where = x if x_t is None else x_t
     elif normalizer != "teacher":
@@ -51,14 +55,14 @@ def matching_gradient(
 
 
 def matching_loss(gradient: Tensor) -> Tensor:
-    """``1/2 mean(g^2)``, a scalar: the value of the loss whose gradient in ``x`` is ``g / numel`` (unidad.md 2.4)."""
+    """``1/2 mean(g^2)``, a scalar: the value of the loss whose gradient in ``x`` is ``g / numel`` (unidad.md 2)."""
     return 0.5 * gradient.square().mean()
 
 
 def dual_domain(a: float, source: Tensor | None, target: Tensor | None) -> tuple[Tensor, Tensor]:
     """``(loss, dloss/dx)`` of two domains' gradients: ``(1 - a) L_source + a L_target``.
 
-    The student's fixed point is a product of the two diffused distributions, not a mixture (unidad.md 2.4).
+    The student's fixed point is a product of the two diffused distributions, not a mixture (unidad.md 2).
 
     Args:
         a: weight of the target domain in [0, 1]; at an end the other gradient may be None, and is not looked at.

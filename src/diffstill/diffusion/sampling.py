@@ -42,6 +42,34 @@ def ddim_timesteps(T: int, steps: int) -> list[int]:
     return [i * stride for i in range(steps)][::-1]
 
 
+NEAR_THE_END = 0.85
+"""Share of a schedule that evenly spaced steps have to span."""
+
+
+def reaches_noise(T: int, steps: int) -> bool:
+    """Whether ``ddim_timesteps`` begins near the noisy end. Where ``steps`` does not divide T the remainder is left out
+    there, and pure noise would be taken for an image of much less noise: 50 steps of 96 begin at 49."""
+    stride = T // steps
+    return T == 1 or (steps > 1 and (steps - 1) * stride >= NEAR_THE_END * (T - stride))
+
+
+def usual_steps(T: int, most: int = 50) -> int:
+    """``most``, or all of a model that has fewer or whose noisy end so many steps would leave out."""
+    return most if most < T and reaches_noise(T, most) else T
+
+
+def steps_mend(T: int, steps: int) -> str | None:
+    """What to do instead of sampling T timesteps in ``steps`` evenly spaced ones; None where that is fine."""
+    if not 1 <= steps <= T:
+        return f"use 1..{T}, the length of the model's schedule"
+    if reaches_noise(T, steps):
+        return None
+    near = [next((n for n in way if reaches_noise(T, n)), None) for way in (range(steps, 1, -1), range(steps, T + 1))]
+    known = " or ".join(str(n) for n in near if n)
+    begin = (steps - 1) * (T // steps)
+    return f"use {known}: {steps} evenly spaced steps of {T} start at {begin}, where images are not yet noise"
+
+
 def level(schedule: NoiseSchedule, t: int) -> tuple[float, float]:
     """``(alpha, sigma)`` at timestep ``t``, where -1 is the clean image."""
     abar = float(schedule.alphas_cumprod[t]) if t >= 0 else 1.0
@@ -101,7 +129,7 @@ def stochastic_sample(
     prediction_type: PredictionType = "epsilon",
     clip: ClipMode = "recompute",
 ) -> Tensor:
-    """Images from ``noise`` by two steps down and one back up, over all of the schedule's steps (guided.md 4).
+    """Images from ``noise`` by two steps down and one back up, over all of the schedule's steps (guided.md 3).
 
     For models that were trained for jumps of two steps; T evaluations, T - 1 fresh noises.
     """

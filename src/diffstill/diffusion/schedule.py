@@ -28,7 +28,7 @@ Spacing = Literal["leading", "trailing"]
 
 
 def spaced_indices(T: int, steps: int, spacing: Spacing = "leading") -> list[int]:
-    """``steps`` evenly spaced timesteps of 0..T-1, increasing (sfddm.md 2.2).
+    """``steps`` evenly spaced timesteps of 0..T-1, increasing (sfddm.md 2.1).
 
     ``leading`` starts at 0: ``floor(i T / steps)``, which is the released ``i * int(T / steps)`` where that divides,
     and loses no timesteps at the noisy end where it does not. ``trailing`` ends at T-1: ``floor((i+1) T / steps) - 1``.

@@ -27,7 +27,7 @@ def one_step_target(
 def one_step_noise(
     x_t: Tensor, x_u: Tensor, alpha_t: Tensor, sigma_t: Tensor, alpha_u: Tensor, sigma_u: Tensor
 ) -> Tensor:
-    """The noise estimate with which one ``ddim_step`` from ``x_t`` lands on ``x_u`` (guided.md 2.5).
+    """The noise estimate with which one ``ddim_step`` from ``x_t`` lands on ``x_u`` (guided.md 4).
 
     ``(x_u - r x_t) / (sigma_u - r sigma_t)`` with ``r = alpha_u / alpha_t``: the form of ``one_step_target`` for steps
     from a clean image up, where its own is singular.
@@ -39,7 +39,7 @@ def one_step_noise(
 def noising_kernel(alpha_k: float, sigma_k: float, alpha_u: float, sigma_u: float) -> tuple[float, float]:
     """``(factor, spread)`` of the forward process from noise level k up to u: ``z_u = factor z_k + spread eps``.
 
-    ``spread^2 = sigma_u^2 - (alpha_u / alpha_k)^2 sigma_k^2``, which also holds for a clean k (guided.md 4).
+    ``spread^2 = sigma_u^2 - (alpha_u / alpha_k)^2 sigma_k^2``, which also holds for a clean k (guided.md 3).
     """
     factor = alpha_u / alpha_k
     return factor, max(sigma_u**2 - factor**2 * sigma_k**2, 0.0) ** 0.5

@@ -17,7 +17,7 @@ from .schedule import NoiseSchedule
 def base_weights(schedule: NoiseSchedule, form: str, gamma: float = 5.0) -> Tensor:
     """(T,) float64 unnormalised weights of the loss on the network's output.
 
-    ``none``: ones. ``x0``: ``min(snr, gamma)``, what TIRT puts on the epsilon loss (trap (a)).
+    ``none``: ones. ``x0``: ``min(snr, gamma)``, what TIRT puts on the epsilon loss (dash.md 6).
     ``eps``: ``min(snr, gamma) / snr``, the standard Min-SNR-gamma (2303.09556) for epsilon prediction.
     ``v``: ``min(snr, gamma) / (snr + 1)``, its form for a v-prediction loss.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -170,7 +170,8 @@ class TrainingForecast:
     flops_per_image: float
     """Of one training image: all passes of student and teacher; a backward pass counts as two forwards."""
     memory_mb: float
-    """Weights, gradients, Adam's two moments and the EMA in float32, the teacher, and the student's activations."""
+    """Weights of all networks, of the trained ones gradients and Adam's two moments, the student's EMA, and its
+    activations."""
     flops_per_s: float
     """Measured now on short forwards; unsteady where the machine is shared."""
     seconds_per_1000_images: float
@@ -183,6 +184,7 @@ def predict_cost(
     batch_size: int = 64,
     student_passes: int = 2,
     teacher_passes: int = 2,
+    beside: Sequence[nn.Module] = (),
 ) -> TrainingForecast:
     """Forecasts training from a few measured forwards, without training.
 
@@ -193,18 +195,23 @@ def predict_cost(
         batch_size: images a step (micro-batch) on one device.
         student_passes: student forwards an image: 2 for dual-branch methods, 1 for single-branch ones.
         teacher_passes: teacher forwards an image; ignored without a teacher.
+        beside: further networks in memory (a critic, heads), trained where their parameters ask for gradients.
     """
     flops = count_flops(student)
     student_s = _forward_seconds(student, flops, batch_size * student_passes)
     total_flops, total_s = 3 * student_passes * flops, 3 * student_passes * student_s
-    weights = count_parameters(student.network) * 4 * 5 / MEGABYTE
+    networks = [student.network, *beside]
+    trained = {id(p): p for network in networks for p in network.parameters() if p.requires_grad}
+    averaged = [p for p in student.network.parameters() if p.requires_grad]
+    optimised = 3 * sum(p.nbytes for p in trained.values()) + sum(p.nbytes for p in averaged)
     teacher_parameters = 0
     if teacher is not None:
         teacher_flops = count_flops(teacher)
         total_flops += teacher_passes * teacher_flops
         total_s += teacher_passes * _forward_seconds(teacher, teacher_flops, batch_size * teacher_passes)
         teacher_parameters = count_parameters(teacher.network)
-        weights += size_mb(teacher.network)
+        networks.append(teacher.network)
+    weights = (held_bytes(networks) + optimised) / MEGABYTE
     activations = saved_bytes(student, 2) / 2 / MEGABYTE * batch_size * student_passes
     return TrainingForecast(
         parameters=count_parameters(student.network),

@@ -2,7 +2,7 @@
 
 Uni-DAD and CRDI report intra-cluster diversity (Ojha et al., 2104.06820): every sample goes to its nearest of the few
 images, and the mean distance of pairs is taken within each of these clusters, so that a model that only jumps between
-copies of the few is not called varied. Their code (unidad.md 5.1) has three defects, which ``crdi_compat`` repeats.
+copies of the few is not called varied. Their code (unidad.md 4) has three defects, which ``crdi_compat`` repeats.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def cluster_diversity(
 ) -> Diversity:
     """``intra_cluster_diversity`` of ``distance.points``: defects 2 and 3 with ``crdi_compat``, not the first.
 
-    The interval is the infinitesimal jackknife's over the samples, given which clusters have pairs: the influence of
-    a member on its cluster's mean is twice its own mean distance less that mean. Clusters of two add no width.
+    The interval is the jackknife's: how the value changes where one sample is left out. That of a cluster of two takes
+    the whole cluster with it.
     """
     if not len(anchors) or per_cluster < 2:
         raise ValueError(f"{len(anchors)} anchors and {per_cluster} members a cluster; at least 1 and 2 are needed")
@@ -97,7 +97,7 @@ def cluster_diversity(
     sizes = tuple(counts.tolist())
     if crdi_compat:
         sizes = (sizes + (0,) * CRDI_CLUSTERS)[:CRDI_CLUSTERS]
-    means, variances = [], []
+    means, left_out = [], []
     for cluster, size in enumerate(sizes):
         if size < 2:
             continue
@@ -105,12 +105,32 @@ def cluster_diversity(
         table, m = distance.between(members, members), len(members)
         own = (table.sum(1) - table.diagonal()) / (m - 1)
         means.append(float(own.mean()))
-        variances.append(4 * float(own.var()) / m)
+        left_out.append((m * means[-1] - 2 * own) / (m - 2) if m > 2 else None)
     clusters = len(sizes) if crdi_compat else len(means)
     value = sum(means) / clusters if clusters else math.nan
-    error = math.sqrt(sum(variances)) / clusters if clusters else math.nan
+    error = _jackknife(means, left_out, clusters, fixed=crdi_compat)
     estimate = from_error(value, error, level=level, floor=0.0)
     return Diversity(estimate, sizes, CRDI if crdi_compat else PROTOCOL)
+
+
+def _jackknife(means: list[float], left_out: list[Tensor | None], clusters: int, *, fixed: bool) -> float:
+    """Standard error of ``sum(means) / clusters`` by leaving each sample out once.
+
+    Args:
+        left_out: of each cluster, its mean without each of its members; None of a cluster of two, which then has none.
+        fixed: whether a cluster without a mean counts as 0, or not at all.
+    """
+    if not clusters or (clusters == 1 and not fixed and left_out == [None]):
+        return math.nan
+    variance, total = 0.0, sum(means)
+    for mean, without in zip(means, left_out, strict=True):
+        if without is not None:
+            variance += float(((without - mean) / clusters).square().sum())
+        elif fixed:
+            variance += 2 * (mean / clusters) ** 2
+        elif clusters > 1:
+            variance += 2 * ((total - mean) / (clusters - 1) - total / clusters) ** 2
+    return math.sqrt(variance)
 
 
 def nearest(points: Tensor, anchors: Tensor, distance: Distance) -> tuple[Tensor, Tensor]:

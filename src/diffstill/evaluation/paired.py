@@ -1,6 +1,6 @@
 """How alike images are that should be the same: PSNR, SSIM and feature distance of pairs, and of strangers as a floor.
 
-Images are in [0, 1], so the maximum of PSNR is 1. (Taking it for 255 on such images adds 48.13 dB, sfddm.md 5.)
+Images are in [0, 1], so the maximum of PSNR is 1. (Taking it for 255 on such images adds 48.13 dB.)
 """
 
 from __future__ import annotations

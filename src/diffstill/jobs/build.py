@@ -18,6 +18,7 @@ from ..data.dataset import ImageData
 from ..data.sources import DataSplits
 from ..diffusion.guidance import parse_guidance
 from ..diffusion.prediction import PredictionType
+from ..diffusion.sampling import steps_mend
 from ..diffusion.schedule import NoiseSchedule, spaced_indices
 from ..engine.runtime import Runtime
 from ..engine.settings import TrainSettings
@@ -111,8 +112,10 @@ def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed
             mend = f"use a family without that input: {method.name} trains two branches"
             raise InputError("student.family", spec.family, mend, problem="takes the guidance scale")
         student.scale_range = teacher.scale_range or (1.0, 2.0)  # the method that trains the scales says which
-    if teacher.origin is None:  # of the teacher's own steps: known by the same times, made for the same sampler
-        student.time_index, student.sampler = teacher.time_index, teacher.sampler
+    if teacher.origin is None or init != "fresh":  # inherited weights know the teacher's steps by their times
+        student.time_index = teacher.time_index
+    if teacher.origin is None:
+        student.sampler = teacher.sampler
     return student
 
 
@@ -167,7 +170,21 @@ def build_arm(recipe: DistillRecipe, spec: ArmSpec, teacher: Teacher, seed: int)
     except ValidationError as error:
         raise one_line(error, NetworkSpec, ("arena", "student")) from None
     student = build_student(network, spec.method, teacher.denoiser, seed)
-    return build_method(spec.method, Setting(student, teacher.denoiser, teacher.curriculum), seed)
+    method = build_method(spec.method, Setting(student, teacher.denoiser, teacher.curriculum), seed)
+    check_live(method, teacher)
+    return method
+
+
+def check_live(method: Method, teacher: Teacher) -> None:
+    """What learns from the null branch needs a teacher whose null branch was trained.
+
+    Raises:
+        InputError: a teacher of one scale, or one whose guidance is dead.
+    """
+    asked = "null" in method.teacher_needs or (method.teacher_needs and method.trains_null)
+    if asked and not (teacher.guided or teacher.denoiser.takes_scale):
+        mend = "leave its null branch alone (null_weight: 0; of unidad guidance: 1), or take another method or teacher"
+        raise InputError("teacher", teacher.name, mend, problem="has no live null branch to learn from")
 
 
 def open_teacher(model: str, name: str = "teacher") -> Teacher:
@@ -255,8 +272,9 @@ def respaced(teacher: Teacher, spec: RespaceSpec | None) -> Teacher:
 
 
 def seen_through(teacher: Teacher, student: Denoiser) -> Teacher:
-    """The teacher respaced to a finished student's noise levels, where it has them all; else as it is."""
-    if student.schedule.same_as(teacher.denoiser.schedule):
+    """The teacher respaced to a finished student's noise levels, where it has them all; else as it is, as for a
+    generator of few steps."""
+    if student.sampler == "renoise" or student.schedule.same_as(teacher.denoiser.schedule):
         return teacher
     steps = student.schedule.steps_in(teacher.denoiser.schedule)
     return respaced(teacher, RespaceSpec(timesteps=tuple(steps))) if steps else teacher
@@ -305,10 +323,10 @@ def check_run(recipe: TrainRecipe | DistillRecipe, T: int, runtime: Runtime) -> 
     """What neither the schema nor the networks can tell.
 
     Raises:
-        InputError: more sampling steps than timesteps, or a batch that the processes cannot share.
+        InputError: sampling steps that the model does not have, or a batch that the processes cannot share.
     """
-    if recipe.evaluation.steps > T:
-        raise InputError("evaluation.steps", recipe.evaluation.steps, f"use 1..{T}, the steps that the model has")
+    if mend := steps_mend(T, recipe.evaluation.steps):
+        raise InputError("evaluation.steps", recipe.evaluation.steps, mend)
     if recipe.training.batch_size % runtime.world:
         mend = f"use a multiple of the {runtime.world} processes"
         raise InputError("training.batch_size", recipe.training.batch_size, mend)
@@ -344,8 +362,8 @@ def check_steps(recipe: DistillRecipe, teacher: Denoiser, student: Denoiser) -> 
         raise InputError("evaluation.steps", asked, f"use {T}: a model for the stochastic sampler takes all its steps")
     whole, _ = teacher.whole
     steps = recipe.evaluation.teacher_steps
-    if steps is not None and steps > whole.schedule.T:
-        raise InputError("evaluation.teacher_steps", steps, f"use null, or 1..{whole.schedule.T}, the teacher's own")
+    if steps is not None and (mend := steps_mend(whole.schedule.T, steps)):
+        raise InputError("evaluation.teacher_steps", steps, f"use null, or {mend.removeprefix('use ')}")
 
 
 def probe_data(data: DataSplits) -> ImageData:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import __version__
 from ..data.sources import DataSplits
+from ..diffusion.sampling import usual_steps
 from ..diffusion.schedule import Spacing, spaced_indices
 from ..disk import write_text
 from ..engine.runtime import Runtime
@@ -333,7 +334,7 @@ def _measured(
     """
     model = made.loaded.denoiser
     T = model.schedule.T
-    steps = min(evaluator.settings.steps, T) if model.sampler == "ddim" else T
+    steps = usual_steps(T, evaluator.settings.steps) if model.sampler == "ddim" else T
     against = None
     if model.sampler != "renoise" and model.network is not made.root.network:
         same = model.schedule.T == made.root.schedule.T

@@ -24,6 +24,7 @@ from .build import (
     build_method,
     build_student,
     check_data,
+    check_live,
     check_roles,
     check_run,
     check_scales,
@@ -110,9 +111,7 @@ def prepare_student(
     setting = Setting(student, teacher.denoiser, teacher.curriculum, roles)
     method = build_method(recipe.method, setting, recipe.seed)
     check_training(recipe.training, method)
-    if method.teacher_needs and method.trains_null and not (teacher.guided or teacher.denoiser.takes_scale):
-        mend = "leave its null branch alone (null_weight: 0; of unidad guidance: 1), or take another method or teacher"
-        raise InputError("teacher", teacher.name, mend, problem="has no live null branch to learn from")
+    check_live(method, teacher)
     asked = [*recipe.evaluation.guidance, *filter(None, [recipe.evaluation.default_guidance])]
     for model in (method.student, teacher.denoiser):
         if method.guided:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..data.dataset import to_float, to_uint8
 from ..diffusion.editing import img2img_sample, inpaint_sample, last_steps, partly_noised
 from ..diffusion.interpolation import lerp, slerp
-from ..diffusion.sampling import Predict, ddim_sample, image_noise, level, noise_source
+from ..diffusion.sampling import Predict, ddim_sample, image_noise, level, noise_source, usual_steps
 from ..engine.runtime import Runtime
 from ..errors import InputError
 from ..evaluation.features import Extractor, extract_all, make_extractor
@@ -208,7 +208,7 @@ def _open_bridge(
     other = model if to_model is None else open_model(to_model, device, "to-model")
     asked = {"guidance_field": "encode-guidance", "steps_field": "encoder-steps"}
     encoder = drawer(model, encode_guidance, encoder_steps, how.clip, **asked)
-    same = min(encoder.steps, other.denoiser.schedule.T) if model.denoiser.sampler == "ddim" else None
+    same = usual_steps(other.denoiser.schedule.T, encoder.steps) if model.denoiser.sampler == "ddim" else None
     decoder = drawer(other, how.guidance, same if how.steps is None else how.steps, how.clip)
     check_shape(encoder.denoiser, decoder.denoiser, "to-model")
     left, needed = encoder.noisiest[0], decoder.noisiest[0]

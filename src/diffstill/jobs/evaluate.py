@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..data.sources import DataSpec, load_data
 from ..diffusion.guidance import GuidanceSchedule, parse_guidance
-from ..diffusion.sampling import ClipMode
+from ..diffusion.sampling import ALL_STEPS, ClipMode, steps_mend, usual_steps
 from ..engine.runtime import Runtime
 from ..errors import InputError, RunFailed
 from ..evaluation.samples import write_samples
@@ -57,8 +58,20 @@ def guidance_of(text: str | None, model: LoadedModel) -> GuidanceSchedule:
 
 
 def default_steps(model: Denoiser) -> int:
-    """50, or all of a model that has fewer or that takes all or none."""
-    return min(50, model.schedule.T) if model.sampler == "ddim" else model.schedule.T
+    """50, or all of a model that has few or that takes all or none."""
+    return usual_steps(model.schedule.T) if model.sampler == "ddim" else model.schedule.T
+
+
+def check_own_steps(model: LoadedModel, steps: int | None, field: str) -> None:
+    """Steps asked of a model that can be sampled in several numbers of them; the samplers check the others.
+
+    Raises:
+        InputError: none, more than it has, or a number that leaves its noisy end out.
+    """
+    if steps is None or model.denoiser.sampler != "ddim":
+        return
+    if mend := steps_mend(model.denoiser.schedule.T, steps):
+        raise InputError(field, steps, mend)
 
 
 def parse_labels(text: str | None, class_names: Sequence[str]) -> list[int] | None:
@@ -94,6 +107,7 @@ def sample(
     """Draws images into one PNG grid (``out`` ends in .png), one array (``.npz``), or one PNG an image (a folder)."""
     model = load_model(source, runtime.device)
     scale = guidance_of(guidance, model)
+    check_own_steps(model, steps, "steps")
     wanted = parse_labels(labels, model.class_names)
     if count is not None and count < 1:
         raise InputError("n", count, "ask for one image or more")
@@ -158,7 +172,8 @@ def evaluate(
     data_spec = _data_spec(recipe, data, data_overrides)
     spec = spec or (recipe.evaluation if recipe else EvaluationSpec())
     if recipe and spec is recipe.evaluation:  # a chain's protocol may be of more steps than a stage's model has
-        spec = spec.model_copy(update={"steps": min(spec.steps, model.denoiser.schedule.T)})
+        spec = _in_own_steps(spec, model)
+    check_own_steps(model, spec.steps, "evaluation.steps")
     check_out(out)
     splits = load_data(data_spec)
     check_data(splits, model.denoiser, "model")
@@ -166,12 +181,13 @@ def evaluate(
         check_scales(model.denoiser, spec.guidance, "evaluation.guidance")
     name = model.lineage.name if model.lineage else model.folder.name
     method = model.lineage.method if model.lineage else ""
-    subjects = [Subject("model", model.denoiser, method, model.folder, model.guided)]
+    all_steps = model.denoiser.schedule.T if model.denoiser.sampler in ALL_STEPS else None
+    subjects = [Subject("model", model.denoiser, method, model.folder, model.guided, steps=all_steps)]
     if teacher is not None:
         loaded = load_model(teacher, runtime.device)
         check_data(splits, loaded.denoiser)
         made = seen_through(as_teacher(loaded), model.denoiser)
-        student = Subject("student", model.denoiser, method, model.folder, model.guided, against=made.denoiser)
+        student = replace(subjects[0], role="student", against=made.denoiser)
         subjects = [*teacher_subjects(made, spec), student]
     evaluator = evaluator_for(spec, splits, runtime, out)
     models = evaluate_subjects(subjects, evaluator, runtime, ui)
@@ -223,5 +239,11 @@ def protocol_of(source: str, overrides: Sequence[str]) -> EvaluationSpec | None:
         return None
     model = load_model(source)
     own = parse_recipe(model.lineage.recipe).evaluation if model.lineage and model.lineage.recipe else EvaluationSpec()
-    own = own.model_copy(update={"steps": min(own.steps, model.denoiser.schedule.T)})
-    return override_section(own, overrides, "evaluation")
+    return override_section(_in_own_steps(own, model), overrides, "evaluation")
+
+
+def _in_own_steps(spec: EvaluationSpec, model: LoadedModel) -> EvaluationSpec:
+    """A protocol whose number of steps the model has. Of a generator of few steps, it is its teacher's."""
+    if model.denoiser.sampler == "renoise":
+        return spec
+    return spec.model_copy(update={"steps": usual_steps(model.denoiser.schedule.T, spec.steps)})

@@ -13,6 +13,7 @@ from PIL import Image
 from ..data.dataset import to_float, to_uint8
 from ..data.sources import DataSplits, load_data
 from ..diffusion.guidance import parse_guidance
+from ..diffusion.sampling import usual_steps
 from ..engine.runtime import Runtime
 from ..errors import InputError
 from ..evaluation.distances import make_distance
@@ -39,7 +40,6 @@ SWEEP_IMAGES = 10
 PAIRS = 16
 """Samples that are shown above their nearest shots."""
 SHOTS_SHOWN, SHOTS_A_ROW = 40, 10
-TEACHER_STEPS = 50
 GRID_SEED = 12345
 """Pictures come from their own noise stream, the same for every model."""
 
@@ -68,7 +68,7 @@ def teacher_subjects(teacher: Teacher, spec: EvaluationSpec) -> list[Subject]:
     whole, _ = teacher.denoiser.whole
     if whole.sampler != "ddim":  # made for all its steps, and for no others
         return [Subject("teacher", whole, method, teacher.folder, teacher.guided, steps=whole.schedule.T)]
-    steps = spec.teacher_steps or min(TEACHER_STEPS, whole.schedule.T)
+    steps = spec.teacher_steps or usual_steps(whole.schedule.T)
     return [
         Subject("teacher", whole, method, teacher.folder, teacher.guided, steps=steps),
         Subject("strided-teacher", teacher.denoiser, method, None, teacher.guided),

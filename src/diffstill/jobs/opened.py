@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.dataset import to_uint8
 from ..data.sources import DataSpec, DataSplits, load_data
 from ..diffusion.guidance import GuidanceSchedule
-from ..diffusion.sampling import ALL_STEPS, ClipMode, Predict, ddim_timesteps, level
+from ..diffusion.sampling import ALL_STEPS, ClipMode, Predict, ddim_timesteps, level, usual_steps
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import InputError, RunFailed, counted
 from ..evaluation.encoding import decode, encode
@@ -23,11 +23,9 @@ from ..models.folder import LoadedModel, load_model
 from ..recipe import EvaluationSpec, parse_recipe
 from ..report.pictures import grid, save_png
 from .build import check_data
-from .evaluate import guidance_of, parse_labels
+from .evaluate import check_own_steps, guidance_of, parse_labels
 from .ui import Bar
 
-STEPS = 50
-"""Sampling steps where none are asked for, or all of a model of fewer."""
 LETTERS = 6
 """Of a class name, above a column."""
 
@@ -43,7 +41,7 @@ class How:
     guidance: str | None = None
     """None: the model's own."""
     steps: int | None = None
-    """None: 50, or all of a model of fewer."""
+    """None: 50, or all of a model of few."""
     seed: int = 0
     clip: ClipMode = "recompute"
     batch_size: int = 256
@@ -155,7 +153,7 @@ def drawer(
     guidance_field: str = "guidance",
     steps_field: str = "steps",
 ) -> Drawer:
-    """The model with the asked guidance (None: its own) and steps (None: 50, or all of a model of fewer).
+    """The model with the asked guidance (None: its own) and steps (None: 50, or all of a model of few).
 
     Raises:
         InputError: a guidance or a number of steps that it does not have.
@@ -169,9 +167,8 @@ def drawer(
         if steps not in (None, T):
             raise InputError(steps_field, steps, f"use {T}, or leave it out: an encoder takes all its steps")
         return Drawer(model, scale, T, clip)
-    if steps is not None and not 1 <= steps <= T:
-        raise InputError(steps_field, steps, f"use 1..{T}, the length of the model's schedule")
-    return Drawer(model, scale, min(STEPS, T) if steps is None else steps, clip)
+    check_own_steps(model, steps, steps_field)
+    return Drawer(model, scale, usual_steps(T) if steps is None else steps, clip)
 
 
 def renamed(error: InputError, field: str) -> InputError:

@@ -139,4 +139,5 @@ def _forecast(method: Method, teacher: Denoiser | None, settings: TrainSettings,
         batch_size=settings.micro_batch or settings.batch_size,
         student_passes=method.student_passes,
         teacher_passes=passes,
+        beside=[network for role, network in (method.roles | method.frozen).items() if role != "student"],
     )

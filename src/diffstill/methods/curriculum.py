@@ -34,7 +34,7 @@ class Curriculum(nn.Module):
     """Loss weights per timestep under uniform timesteps.
 
     ``tirt``: ``omega_t = base_t sigmoid(lambda_t)``, normalised to mean 1; lambda descends the same loss, which
-    lowers the weight of above-average timesteps (trap (b)). ``min_snr``: lambda = 0 for ever. ``none``: ones.
+    lowers the weight of above-average timesteps (dash.md 6). ``min_snr``: lambda = 0 for ever. ``none``: ones.
     ``uncertainty``: ``base_t (loss exp(-u_t) + u_t)`` (EDM2-style), whose log term forbids the runaway of ``tirt``.
     """
 

@@ -1,4 +1,4 @@
-"""Encoder distillation: from image to noise in few steps, DDIM run backwards as the teacher (guided.md 2.5)."""
+"""Encoder distillation: from image to noise in few steps, DDIM run backwards as the teacher (guided.md 4)."""
 
 from __future__ import annotations
 

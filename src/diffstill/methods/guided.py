@@ -1,4 +1,4 @@
-"""Guided distillation, stage 1: one network that takes the scale, for a teacher of two passes (guided.md 2.2)."""
+"""Guided distillation, stage 1: one network that takes the scale, for a teacher of two passes (guided.md 1)."""
 
 from __future__ import annotations
 

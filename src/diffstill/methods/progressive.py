@@ -1,4 +1,4 @@
-"""Progressive distillation: a student of half the steps, each doing two of the teacher's (guided.md 2.3, 2.4, 4)."""
+"""Progressive distillation: a student of half the steps, each doing two of the teacher's (guided.md 2, 3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SFDDM: one training to any number of steps (2405.14961; sfddm.md 2.3), and its trajectory target, which is ours."""
+"""SFDDM: one training to any number of steps (2405.14961; sfddm.md 2.2), and its trajectory target, which is ours."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Sfddm(Method):
     """``L = E|S - T| + feature_weight E|h_S - h_T|`` at the same noisy image, on the conditional and the null branch.
 
     The student is a whole diffusion model of fewer steps; the recipe's ``respace`` says which of the teacher's. With
-    ``target=teacher_output`` a perfect student is the teacher strided over those steps, no better (sfddm.md 2.4).
+    ``target=teacher_output`` a perfect student is the teacher strided over those steps, no better (sfddm.md 2.3).
     With ``target=trajectory`` its steps reach what the teacher reaches in all of its own.
     """
 
@@ -66,16 +66,15 @@ class Sfddm(Method):
         super().__init__(setting, options)
         o = self.options
         self.teacher = require_teacher(setting, made_for=("ddim",))
-        if o.time_index == "teacher":
-            self.student = self.student.with_network(self.student.network)
-            self.student.time_index = self.teacher.time_index
+        self.student = self.student.with_network(self.student.network)
+        self.student.time_index = self.teacher.time_index if o.time_index == "teacher" else None
         branches = {"cond", "null"} if o.null_weight else {"cond"}
         features = {"features"} if o.feature_weight else set()
         # The trajectory replaces the teacher's outputs at x_t, not its features there.
         way = {"model"} if o.target == "trajectory" else set()
         self.teacher_needs = frozenset(way | features | (branches if features or not way else set()))
         self.student_passes = len(branches)
-        self.trains_null = bool(o.null_weight)
+        self.guided = self.trains_null = bool(o.null_weight)
         parts = [] if o.target == "trajectory" else ["output", *(["null"] if o.null_weight else [])]
         parts += (["feature", *(["null_feature"] if o.null_weight else [])]) if features else []
         self.copy_parts = dict.fromkeys(parts, 0.0)

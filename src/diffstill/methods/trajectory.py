@@ -10,7 +10,7 @@ from ..diffusion.steps import ddim_step, one_step_target
 from ..models.denoiser import Denoiser
 
 JUMP = 2
-"""Steps that a model for the stochastic sampler goes down at once (guided.md 4)."""
+"""Steps that a model for the stochastic sampler goes down at once (guided.md 3)."""
 
 
 def trajectory_target(

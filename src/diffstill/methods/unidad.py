@@ -294,7 +294,7 @@ class UniDad(PhasedMethod):
 
             def gradient(teacher: Denoiser) -> Tensor:
                 clean = self._x0(teacher, x_t, t, batch.labels, alpha, sigma, self.options.guidance)
-                return matching_gradient(x, critic, clean, self.options.normalizer, x_t=x_t, sigma=sigma)
+                return matching_gradient(x, critic, clean, self.options.normalizer, x_t=x_t, ratio=sigma / alpha)
 
             source = gradient(self.teacher) if a < 1 else None
             target = gradient(self._target) if a > 0 and self._target is not None else None

@@ -58,8 +58,8 @@ class Denoiser:
         self.scale_range: tuple[float, float] | None = None
         """Of a network that takes the guidance scale as an input: the scales it knows. None: it has two branches."""
         self.sampler: SamplerName = "ddim"
-        """What its steps are made for: ``stochastic`` where each reaches two steps down (guided.md 4), ``encode`` where
-        each goes up to the next noise level, ``renoise`` where each ends in a clean estimate (unidad.md 2.3)."""
+        """What its steps are made for: ``stochastic`` where each reaches two steps down (guided.md 3), ``encode`` where
+        each goes up to the next noise level, ``renoise`` where each ends in a clean estimate (unidad.md 2)."""
         self.end: tuple[Tensor, Tensor] | None = None
         """Of an encoder: the signal and noise scale, (1,) float64, where its last step ends."""
 
@@ -180,7 +180,7 @@ class Denoiser:
         return other
 
     def renoising(self, ratios: Tensor, *, nearest: bool = False) -> Denoiser:
-        """The same network as a generator of ``len(ratios)`` steps with fresh noise between them (unidad.md 2.3).
+        """The same network as a generator of ``len(ratios)`` steps with fresh noise between them (unidad.md 2).
 
         Args:
             ratios: (K,) float64, falling noise-to-signal ratios; they need be none of the schedule's own.

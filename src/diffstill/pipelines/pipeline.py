@@ -94,7 +94,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_labels: labels 0..num_classes-1 or class names; one, a list, or a tensor. None: of one class.
             guidance_scale: constant scale; 1 is purely conditional and skips the null pass. None: the model's default.
             generator: one for all images, or a list with one an image: then an image does not depend on its batch.
-            num_inference_steps: steps of the scheduler, 1..num_train_timesteps; None: 50, or all where there are fewer
+            num_inference_steps: steps of the scheduler, 1..num_train_timesteps; None: 50, or all where there are few
                 or the scheduler takes no other number.
             output_type: ``pil`` images, ``np`` (B, H, W, C) or ``pt`` (B, C, H, W) in [0, 1], ``latent``: as sampled.
             return_dict: False gives a tuple instead of an ``ImagePipelineOutput``.
@@ -178,7 +178,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         """The scheduler with its timesteps set, and the options of its ``step`` that it knows."""
         scheduler = self.scheduler
         T = scheduler.config.num_train_timesteps
-        usual = T if getattr(scheduler, "takes_all_steps", False) else min(50, T)
+        # All of a model of few steps: 50 of 64, say, would be the 50 of least noise.
+        few = T <= 50 or 49 * (T // 50) < 0.85 * (T - T // 50)
+        usual = T if few or getattr(scheduler, "takes_all_steps", False) else 50
         steps = usual if steps is None else steps
         if not 1 <= steps <= T:
             raise ValueError(f"num_inference_steps {steps} must lie in 1..{T}")
