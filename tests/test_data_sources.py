@@ -17,6 +17,7 @@ from diffstill.data.sources import DataSpec, load_data
 from diffstill.data.sources.pixels import Looks, PixelFormat
 from diffstill.data.sources.splits import apportion, stratified_split, stratified_subset
 from diffstill.errors import InputError
+from diffstill.jobs.finish import describe_data
 
 # --- the spec
 
@@ -82,14 +83,14 @@ def test_digits_are_the_real_ones_and_the_split_is_fixed() -> None:
     assert load("digits", split_seed=1).fingerprint() != data.fingerprint() == load("digits").fingerprint()
 
 
-def test_describe_is_what_a_receipt_needs() -> None:
+def test_what_a_receipt_tells_of_the_data() -> None:
     data = load("digits", limit=20)
-    told = data.describe()
-    assert told["spec"] == {"source": "digits", "limit": 20}
-    assert told["shape"] == [1, 8, 8]
-    assert told["sha256"] == data.fingerprint()
-    assert told["splits"]["train"] == {"images": 20, "sha256": data.train.fingerprint(), "per_class": [2] * 10}
-    assert told["skipped"] == {"images": 0, "first": []}
+    told = describe_data(data)
+    assert (told.shape, told.fingerprint, told.skipped) == ((1, 8, 8), data.fingerprint(), 0)
+    assert (told.splits["train"], told.per_class["train"]) == (20, [2] * 10)
+    assert told.fingerprints == {part.split: part.fingerprint() for part in (data.train, data.val, data.test)}
+    assert [sum(told.per_class[split]) for split in told.splits] == list(told.splits.values())
+    assert data.left_out() is None
 
 
 def test_digits_have_no_parts() -> None:
@@ -241,7 +242,9 @@ def test_unreadable_images_are_named_or_skipped(tmp_path: Path) -> None:
     text.write_text("<html>not found</html>")
     data = load(tmp_path, **WHOLE, skip_bad=True)
     assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
-    assert data.describe()["skipped"]["images"] == 2
+    told = describe_data(data)
+    assert (told.skipped, told.skipped_first) == (2, list(data.skipped))
+    assert data.left_out() == f"2 unreadable images left out (data.skip_bad), the first: {data.skipped[0]}"
     good = [np.asarray(Image.open(tmp_path / "cat" / f"{i:03d}.png")) for i in (0, 1, 3)]
     assert np.array_equal(nhwc(data.train.images[:3]), np.stack(good))
     sized = load(tmp_path, **WHOLE, skip_bad=True, size=32, channels=3)

@@ -20,6 +20,7 @@ import pytest
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from tiny import TINY
 
 from diffstill.cli import build_parser, parse
 from diffstill.data.sources import DataSpec
@@ -234,6 +235,24 @@ def test_readme_snippet_runs_without_diffstill(tiny_run: Path, tmp_path: Path) -
     made = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert made.returncode == 0, made.stderr[-2000:]
     assert [path.suffix for path in tmp_path.iterdir()] == [".png"]
+
+
+def test_the_python_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its blocks one after the other, as a script has them; shorter by its overrides alone."""
+    script = "\n".join(blocks(ROOT / "docs" / "python.md", "python"))
+    overrides = '{"training.images": 25600, "seed": 1}'
+    assert overrides in script
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(script.replace(overrides, repr(TINY)), names)
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told[:4]] == ["teacher", "teacher", "student", "student"]
+    assert sum(line.startswith("gap ratio ") for line in told) == 1
+    assert any("training {" in line and "'loss'" in line for line in told)
+    assert names["images"].shape == (20, 1, 8, 8)
+    assert names["cond"].shape == names["null"].shape == (4, 1, 8, 8)
 
 
 def test_measured_tables_are_those_of_the_result_files() -> None:

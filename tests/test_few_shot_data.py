@@ -15,6 +15,7 @@ from diffstill.data.sources import DataSplits, whole_source
 from diffstill.diffusion.schedule import NoiseSchedule
 from diffstill.engine.stream import BatchStream
 from diffstill.evaluation.features import extract, make_extractor
+from diffstill.jobs.finish import describe_data
 from diffstill.recipe import load_recipe
 
 
@@ -180,12 +181,9 @@ def test_fingerprint_and_description_tell_the_choice(digits: DataSplits) -> None
         load("digits", shots=3, split_seed=1),
     ]
     assert len({data.fingerprint() for data in made}) == len(made)
-    told = load("digits", classes=[8, 1], shots=3).describe()
-    assert told["spec"] == {"source": "digits", "classes": ["8", "1"], "shots": 3}
-    assert told["class_names"] == ["8", "1"]
-    assert told["splits"]["train"]["per_class"] == [3, 3]
-    assert told["splits"]["val"]["images"] == 0
-    assert told["splits"]["test"]["images"] == 174 + 182 - 6
+    told = describe_data(load("digits", classes=[8, 1], shots=3))
+    assert told.classes == ["8", "1"]
+    assert told.per_class == {"train": [3, 3], "val": [0, 0], "test": [174 - 3, 182 - 3]}
 
 
 # --- training on fewer images than a batch

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from pathlib import Path
 from random import Random
 
 import numpy as np
@@ -14,7 +13,6 @@ from libraries import torch_fidelity, torchmetrics
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from diffstill.errors import InputError
 from diffstill.evaluation.frechet import FeatureStats, frechet_distance, frechet_estimate
 
 
@@ -110,25 +108,6 @@ def test_all_reduce_does_nothing_in_one_process() -> None:
     stats.all_reduce()
     assert stats.count == 30
     torch.testing.assert_close((stats.mean, stats.scatter), before)
-
-
-def test_save_and_load(tmp_path: Path) -> None:
-    stats = FeatureStats.of(rows(30, 3, 14))
-    stats.save(tmp_path / "stats.npz")
-    again = FeatureStats.load(tmp_path / "stats.npz")
-    assert again.count == 30
-    torch.testing.assert_close(again.mean, stats.mean, rtol=0, atol=0)
-    torch.testing.assert_close(again.scatter, stats.scatter)
-
-
-@pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 not a zip", b"\x80\x04K\x01."])
-def test_a_damaged_file_is_one_line(tmp_path: Path, content: bytes | None) -> None:
-    path = tmp_path / "stats.npz"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(InputError, match=r"statistics: .*stats\.npz.* cannot be read") as error:
-        FeatureStats.load(path)
-    assert "\n" not in str(error.value)
 
 
 def test_too_few_rows_say_so() -> None:

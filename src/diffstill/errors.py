@@ -48,6 +48,10 @@ class InputError(DiffstillError):
         made.args = (" ".join(f"{field}: {message}".split()),)
         return made
 
+    def renamed(self, field: str) -> InputError:
+        """The same complaint about another field: an inner section's, as the outer one calls it."""
+        return InputError.about(field, str(self).removeprefix(f"{self.field}: "))
+
 
 class RunFailed(DiffstillError):
     """A run that began and could not go on (NaN loss, full disk, lost data). Exit code 1."""

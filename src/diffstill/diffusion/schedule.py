@@ -12,8 +12,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-ScheduleName = Literal["cosine", "linear", "scaled_linear", "trained"]
-
 
 def cosine_betas(num_train_timesteps: int, offset: float = 0.008, lo: float = 1e-4, hi: float = 0.9999) -> Tensor:
     """Cosine schedule of Nichol & Dhariwal (2102.09672, Eq. 17) with betas clipped to ``[lo, hi]``, (T,) float64."""

@@ -6,14 +6,9 @@
 
 from __future__ import annotations
 
-import zipfile
-from pathlib import Path
-
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
 from .intervals import from_error
 from .processes import sum_over_processes
 from .results import Estimate
@@ -97,30 +92,6 @@ class FeatureStats:
         self.scatter = self.scatter + scatter + torch.outer(offset, offset) * (self.count * count / total)
         self.mean = self.mean + offset * (count / total)
         self.count, self._root = total, None
-
-    def save(self, path: str | Path) -> None:
-        """Writes an npz with ``count``, ``mu`` and ``sigma`` (the names that pytorch-fid reads)."""
-        with Path(path).open("wb") as file:
-            np.savez(file, count=np.int64(self.count), mu=self.mean.numpy(), sigma=self.covariance.numpy())
-
-    @classmethod
-    def load(cls, path: str | Path) -> FeatureStats:
-        """Reads what ``save`` wrote.
-
-        Raises:
-            InputError: when the file is missing, damaged or holds something else.
-        """
-        mend = "give a file written by FeatureStats.save"
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                count, mean, covariance = int(arrays["count"]), arrays["mu"], arrays["sigma"]
-        except (OSError, EOFError, KeyError, ValueError, TypeError, zipfile.BadZipFile) as error:
-            raise InputError("statistics", str(path), mend, problem=f"cannot be read ({error})") from None
-        if mean.ndim != 1 or covariance.shape != 2 * mean.shape or count < 2:
-            raise InputError("statistics", str(path), mend, problem=f"holds mu {mean.shape}, sigma {covariance.shape}")
-        stats = cls(len(mean))
-        stats._combine(count, torch.from_numpy(mean).double(), torch.from_numpy(covariance).double() * (count - 1))
-        return stats
 
 
 def frechet_distance(a: FeatureStats, b: FeatureStats) -> float:

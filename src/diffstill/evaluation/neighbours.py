@@ -12,49 +12,9 @@ from .intervals import from_error, proportion
 from .results import Estimate
 
 
-def polynomial_mmd2(x: Tensor, y: Tensor) -> float:
-    """Unbiased squared MMD between rows x (N, D) and y (M, D) under the kernel ``(x.y / D + 1)^3``; may be negative.
-
-    Raises:
-        ValueError: with fewer than two rows on a side.
-    """
-    x, y = x.cpu().double(), y.cpu().double()
-    return float(_to_each_other(x).mean() + _to_each_other(y).mean() - 2 * _to_others(y, x).mean())
-
-
-class Kid(NamedTuple):
-    """Mean and standard deviation of the squared MMD over subsets."""
-
-    mean: float
-    std: float
-
-
-def kid(
-    x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, generator: torch.Generator | None = None
-) -> Kid:
-    """Kernel distance as papers report it (Binkowski et al., 1801.01401): mean and spread of the MMD over subsets.
-
-    The spread is that of ``subset_size`` images, not the error of the mean; ``KernelDistance`` gives an interval.
-
-    Args:
-        x: reference features (N, D).
-        y: generated features (M, D).
-        subset_size: rows a subset, drawn without replacement from each side; at most ``min(N, M)``.
-        generator: a CPU generator; None draws from a fixed seed, so equal inputs give equal numbers.
-    """
-    if not 2 <= subset_size <= min(len(x), len(y)) or subsets < 1:
-        raise ValueError(f"{subsets} subsets of {subset_size} rows from {len(x)} and {len(y)} rows")
-    generator = generator or torch.Generator().manual_seed(0)
-
-    def some(rows: Tensor) -> Tensor:
-        return rows[torch.randperm(len(rows), generator=generator)[:subset_size]]
-
-    draws = torch.tensor([polynomial_mmd2(some(x), some(y)) for _ in range(subsets)], dtype=torch.float64)
-    return Kid(float(draws.mean()), float(draws.std()) if subsets > 1 else math.nan)
-
-
 class KernelDistance:
-    """Kernel distance to a fixed reference from all rows at once: the same expectation as ``kid``, less noise.
+    """Squared MMD to a fixed reference under the kernel ``(x.y / D + 1)^3`` (KID, Binkowski et al., 1801.01401), from
+    all rows at once instead of subsets: unbiased, with less noise; may be negative.
 
     Args:
         reference: features (N, D), N >= 2.
@@ -65,7 +25,7 @@ class KernelDistance:
         self._within = float(_to_each_other(self._reference).mean())
 
     def estimate(self, features: Tensor, *, level: float = 0.95) -> Estimate:
-        """``polynomial_mmd2`` to features (M, D), with an interval over their sampling noise, the reference given.
+        """The distance of features (M, D), with an interval over their sampling noise, the reference given.
 
         The standard error is the infinitesimal jackknife's, as for the Frechet distance: the influence of a row is
         twice its mean kernel to the other rows less that to the reference. Exact to first order, conservative where

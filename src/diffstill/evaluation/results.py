@@ -97,6 +97,9 @@ class Protocol(Result):
     labels: str = "balanced: image i has class i mod num_classes"
     seeds: list[int]
     weights: str = "ema"
+    pairs: int | None = Field(None, description="held-out (x_t, t, y) for guidance fidelity")
+    neighbours: int | None = Field(None, description="k of precision and recall")
+    neighbour_points: int | None = Field(None, description="images a side, at most, of precision, recall and KID")
     floor: Estimate | None = Field(None, description="the distance between real images, as floor_of says")
     floor_pixels: Estimate | None = Field(None, description="the same in pixels")
     floor_of: str = "test images against the training images"

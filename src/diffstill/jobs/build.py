@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import UNet2DModel
 from pydantic import ValidationError
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
 from ..models.lineage import Lineage
 from ..models.loading import COMPONENTS
-from ..models.students import inherit
+from ..models.students import inherit, student_for_ratio
 from ..recipe import AS_TEACHER, ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, RespaceSpec, TrainRecipe
 from ..recipe.problems import one_line
 
@@ -98,6 +99,8 @@ def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed
         mend = "use guided, progressive or encoder"
         problem = "does not teach a student every scale, and this teacher takes the guidance scale as an input"
         raise InputError("method.name", method.name, mend, problem=problem)
+    if spec.ratio is not None:
+        spec = _smaller(spec, teacher, made.scale_input)
     if spec.family == AS_TEACHER:
         network = _as_teacher(spec, teacher, made.scale_input, init, seed)
     else:
@@ -117,6 +120,20 @@ def build_student(spec: NetworkSpec, method: MethodSpec, teacher: Denoiser, seed
     if teacher.origin is None:
         student.sampler = teacher.sampler
     return student
+
+
+def _smaller(spec: NetworkSpec, teacher: Denoiser, scale_input: bool) -> NetworkSpec:
+    """The teacher's family with so many times fewer parameters, as a network with widths of its own."""
+    network = unwrap(teacher.network)
+    if not isinstance(network, UNet2DModel):
+        mend = f"leave it out, or name a family and its sizes: {', '.join(COMPONENTS)}"
+        raise InputError("student.ratio", spec.ratio, mend, problem="needs a teacher that is a UNet2DModel")
+    try:
+        sizes = student_for_ratio(network.config, spec.ratio or 1.0)
+    except InputError as error:
+        raise error.renamed("student.ratio") from None
+    family = "guided_unet2d" if scale_input or teacher.takes_scale else "unet2d"
+    return NetworkSpec.model_validate({"family": family, "init": spec.init, **sizes, **spec.options})
 
 
 def _as_teacher(spec: NetworkSpec, teacher: Denoiser, scale_input: bool, init: str, seed: int) -> nn.Module:
@@ -192,7 +209,7 @@ def open_teacher(model: str, name: str = "teacher") -> Teacher:
     try:
         return as_teacher(load_model(model), name)
     except InputError as error:
-        raise InputError.about(f"teacher.{error.field}", str(error).removeprefix(f"{error.field}: ")) from None
+        raise error.renamed(f"teacher.{error.field}") from None
 
 
 def as_teacher(loaded: LoadedModel, name: str = "teacher") -> Teacher:
@@ -208,7 +225,7 @@ def open_roles(roles: Mapping[str, str]) -> dict[str, Denoiser]:
         try:
             found[role] = load_model(model).denoiser.freeze()
         except InputError as error:
-            raise InputError.about(f"roles.{role}", str(error).removeprefix(f"{error.field}: ")) from None
+            raise error.renamed(f"roles.{role}") from None
     return found
 
 

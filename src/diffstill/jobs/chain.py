@@ -184,7 +184,7 @@ def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
         baselines=baselines_of(evaluator),
         lineage=ancestry([a.loaded.folder for a in done.values()]) if runtime.is_main else [],
         training=[a.summary for a in done.values() if a.summary is not None],
-        warnings=[line for a in done.values() for line in a.warnings],
+        warnings=list(dict.fromkeys(line for a in done.values() for line in a.warnings)),
     )
     if runtime.is_main:
         draw_shots(receipt.baselines, data, out)

@@ -15,10 +15,11 @@ from .. import __version__
 from ..engine.runtime import native_bf16
 from ..errors import install
 
-CORE = ("torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "pydantic", "numpy", "scipy",
+CORE = ("torch", "diffusers", "accelerate", "safetensors", "huggingface_hub", "pydantic", "pyyaml", "numpy", "scipy",
         "scikit-learn", "pillow", "matplotlib", "rich", "jinja2")  # fmt: skip
 EXTRAS = {
     "torch-fidelity": ("eval", "FID by the 2015-12-05 Inception network"),
+    "lpips": ("eval", "LPIPS between images (evaluation.distance)"),
     "datasets": ("data", "data from the hub (hub:NAME)"),
     "transformers": ("text", "text-to-image teachers (teacher.pipeline)"),
     "peft": ("lora", "LoRA on a shared base (lora)"),

@@ -192,12 +192,17 @@ def finish_run(
 
 
 def describe_data(data: DataSplits) -> DataSummary:
+    parts = (data.train, data.val, data.test)
     return DataSummary(
         name=data.name,
         fingerprint=data.fingerprint(),
-        splits={"train": len(data.train), "val": len(data.val), "test": len(data.test)},
+        splits={part.split: len(part) for part in parts},
         shape=data.shape,
         classes=list(data.class_names),
+        per_class={part.split: part.labels.bincount(minlength=data.num_classes).tolist() for part in parts},
+        fingerprints={part.split: part.fingerprint() for part in parts},
+        skipped=len(data.skipped),
+        skipped_first=list(data.skipped[:10]),
     )
 
 

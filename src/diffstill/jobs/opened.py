@@ -134,7 +134,7 @@ def open_model(source: str, device: torch.device, field: str = "model", *, encod
     try:
         loaded = load_model(source, device)
     except InputError as error:
-        raise renamed(error, field) from None
+        raise error.renamed(field) from None
     if loaded.denoiser.sampler in ALL_STEPS:
         mend = "give one of deterministic steps: its teacher, say"
         raise InputError(field, source, mend, problem="takes random steps, and this needs deterministic ones")
@@ -161,7 +161,7 @@ def drawer(
     try:  # without a live guidance there is one way to sample it
         scale = guidance_of(guidance if guidance is not None or model.guided else "1", model)
     except InputError as error:
-        raise renamed(error, guidance_field) from None
+        raise error.renamed(guidance_field) from None
     T = model.denoiser.schedule.T
     if model.denoiser.sampler == "encode":
         if steps not in (None, T):
@@ -169,13 +169,6 @@ def drawer(
         return Drawer(model, scale, T, clip)
     check_own_steps(model, steps, steps_field)
     return Drawer(model, scale, usual_steps(T) if steps is None else steps, clip)
-
-
-def renamed(error: InputError, field: str) -> InputError:
-    """The same complaint about another option."""
-    if error.field == field:
-        return error
-    return InputError.about(field, str(error).removeprefix(f"{error.field}: "))
 
 
 def check_shape(mine: Denoiser, theirs: Denoiser, field: str) -> None:
@@ -206,7 +199,7 @@ def labels_of(text: str, class_names: Sequence[str], field: str, most: int = 1) 
     try:
         found = parse_labels(text, class_names) or []
     except InputError as error:
-        raise renamed(error, field) from None
+        raise error.renamed(field) from None
     if len(found) > most:
         raise InputError(field, text, "name one class" if most == 1 else f"name 1..{most} classes")
     return found

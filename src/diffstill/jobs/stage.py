@@ -75,6 +75,8 @@ def run_stage(
         )
         trainer.run()
         bar.update(total)
+    if (said := data.left_out()) and said not in trainer.warnings:
+        trainer.warnings.append(said)
     for line in trainer.warnings:
         ui.warn(line)
     return trainer

@@ -91,7 +91,7 @@ def _base(name: str, spec: StageSpec, overrides: Mapping[str, Any]) -> AnyRecipe
         return load_recipe(spec.recipe or "", {**spec.overrides, **overrides})
     except InputError as error:
         field = error.field if error.field == "recipe" else f"overrides.{error.field}"
-        raise InputError.about(f"stages.{name}.{field}", str(error).removeprefix(f"{error.field}: ")) from None
+        raise error.renamed(f"stages.{name}.{field}") from None
 
 
 def _rounds(name: str, spec: StageSpec) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -31,16 +31,13 @@ class _NoBar:
 
 
 class Silent:
-    """Says nothing; warnings are kept."""
-
-    def __init__(self) -> None:
-        self.warnings: list[str] = []
+    """Says nothing."""
 
     def say(self, text: str) -> None:
         return None
 
     def warn(self, text: str) -> None:
-        self.warnings.append(text)
+        return None
 
     @contextmanager
     def bar(self, title: str, total: float) -> Iterator[Bar]:

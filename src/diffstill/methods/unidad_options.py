@@ -32,13 +32,15 @@ class UniDadOptions(Options):
         None, ge=0, le=1, description="a: share of the target teacher in the matching; null: 0.5, or 0 without one"
     )
     dmd_weight: float = Field(1.0, ge=0, description="of the distribution matching; 0: none, no teacher is asked")
-    normalizer: Normalizer = Field("teacher", description="teacher, critic, noisy or none: what the direction is over")
+    normalizer: Normalizer = Field(
+        "teacher", description="what the matching gradient is divided by: an error (teacher, critic, noisy), or none"
+    )
     guidance: float = Field(1.0, ge=0, description="guidance scale of the teachers; the critic's is 1")
     gan: GanLoss | Literal["none"] = Field("bce", description="bce, hinge, lsgan, wgan, none")
     aggregation: Aggregation = Field("mean", description="of the heads: mean of losses, sum of losses, mean logit")
     gan_weight: float = Field(0.01, ge=0, description="of the GAN in the student's loss")
     gan_share: float | None = Field(
-        None, gt=0, description="calibrate: gan_weight such that its gradient at the image is this share of matching's"
+        None, gt=0, description="sets gan_weight so that the GAN's gradient at the image is this share of matching's"
     )
     calibration: int = Field(20, ge=1, description="student updates that a calibration measures, at gan_weight")
     calibrate: Literal["once", "always"] = Field(

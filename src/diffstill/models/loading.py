@@ -60,8 +60,9 @@ class LoadedModel:
 def load_model(source: str | Path, device: str | torch.device = "cpu", *, has_null: bool = True) -> LoadedModel:
     """Loads a model folder, or a hub id ``owner/name``; strictly: every weight must be there, fit and be finite.
 
-    A plain diffusers folder with a ``UNet2DModel`` or a class-conditional pixel ``DiTTransformer2DModel`` loads too. An
-    unconditional one has one class; of a learned variance the mean alone is used.
+    A plain diffusers folder loads too: a ``UNet2DModel``, or a class-conditional ``UNet2DConditionModel`` or
+    ``DiTTransformer2DModel`` on pixels. An unconditional one has one class; of a learned variance the mean alone is
+    used.
 
     Args:
         source: a folder with ``model_index.json``, or a hub id.

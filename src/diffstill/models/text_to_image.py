@@ -123,7 +123,7 @@ def load_pipeline(source: str, field: str = FIELD) -> TextToImage:
         index = read_json(folder, "model_index.json")
         schedule, prediction_type = load_schedule(folder)
     except InputError as error:
-        raise InputError.about(field, str(error).removeprefix(f"{error.field}: ")) from None
+        raise error.renamed(field) from None
     for part, wanted in PARTS.items():
         held = index.get(part)
         if not isinstance(held, list) or held[-1] != wanted:
@@ -149,7 +149,7 @@ def load_unet(source: str, like: TextToImage, field: str) -> tuple[Any, NoiseSch
         folder = resolve(source, ("model_index.json", "unet/*", "scheduler/*"), NOT_FETCHED)
         schedule, prediction_type = load_schedule(folder)
     except InputError as error:
-        raise InputError.about(field, str(error).removeprefix(f"{error.field}: ")) from None
+        raise error.renamed(field) from None
     _refuse_pickles(folder / "unet", field)
     unet = _load(UNet2DConditionModel, folder / "unet", field)
     mine, wanted = ({n: p.shape for n, p in net.state_dict().items()} for net in (unet, like.unet))

@@ -6,7 +6,7 @@ torch, numpy, pillow and diffusers alone, and its errors are plain ``ValueError`
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional, Union
 
 import numpy as np
 import torch
@@ -45,14 +45,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def __init__(
         self,
         scheduler: Any,
-        unet: UNet2DModel | UNet2DConditionModel | None = None,
-        transformer: DiTTransformer2DModel | None = None,
-        num_classes: int | None = None,
+        # Unions of typing: diffusers 0.36 does not know the type of "X | None", and then loads no folder.
+        unet: Union[UNet2DModel, UNet2DConditionModel, None] = None,
+        transformer: Optional[DiTTransformer2DModel] = None,
+        num_classes: Optional[int] = None,
         guided: bool = True,
         default_guidance: str = "2",
-        id2label: dict[str, str] | None = None,
-        time_index: dict[str, int] | dict[str, float] | None = None,
-        guidance_range: dict[str, float] | None = None,
+        id2label: Optional[dict[str, str]] = None,
+        time_index: Union[dict[str, int], dict[str, float], None] = None,
+        guidance_range: Optional[dict[str, float]] = None,
     ) -> None:
         super().__init__()
         if (unet is None) == (transformer is None):

@@ -29,7 +29,7 @@ class StageSpec(Section):
     )
     rounds: tuple[int, ...] = Field((), description="steps of the student, a stage each: 8, 4, 2, 1")
     start: int | None = Field(
-        None, ge=1, description="steps that the first round's teacher is seen with; null: twice the first round's"
+        None, ge=1, description="steps of the teacher in the first round; null: twice the first round's"
     )
     last_rounds_factor: int = Field(2, ge=1, description="how many times longer the rounds of 2 and of 1 steps are")
 

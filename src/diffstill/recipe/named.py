@@ -22,7 +22,7 @@ from .problems import Within, nearest, one_line
 
 AS_TEACHER = "teacher"
 """The family of a student that is built as its teacher is, and takes the guidance scale where its method needs that."""
-NETWORKS: dict[str, dict[str, Any]] = {AS_TEACHER: guided_unet2d.OPTIONS} | {
+NETWORKS: dict[str, dict[str, Any]] = {AS_TEACHER: {"ratio": None, **guided_unet2d.OPTIONS}} | {
     name: family.options for name, family in sorted(FAMILIES.items(), reverse=True)
 }
 """Family -> its options and their defaults."""
@@ -56,11 +56,20 @@ class NetworkSpec(BaseModel):
                 raise Within(str(InputError(key, value, "give a number")))
             if key in LISTS and not isinstance(value, (list, tuple)):
                 raise Within(str(InputError(key, value, f"give a list, e.g. [{value}, {value}]")))
+        if self.ratio is not None and not isinstance(self.ratio, (int, float)):
+            raise Within(str(InputError("ratio", self.ratio, "give a number: how many times fewer parameters")))
         return self
 
     @property
+    def ratio(self) -> float | None:
+        """Of a student of its teacher's family: how many times fewer parameters it has; None: it is as large."""
+        found: float | None = (self.model_extra or {}).get("ratio")
+        return found
+
+    @property
     def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
+        """The family's own, those that are given."""
+        return {key: value for key, value in (self.model_extra or {}).items() if key != "ratio"}
 
     @model_serializer(mode="wrap")
     def _whole(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:

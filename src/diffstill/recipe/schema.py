@@ -164,7 +164,7 @@ class RespaceSpec(Section):
     spacing: Spacing = Field("leading", description="leading: from 0 on, as released; trailing: up to T-1")
     timesteps: tuple[int, ...] | None = Field(None, description="an increasing sequence, instead of steps")
     teacher_steps: int | None = Field(
-        None, ge=1, description="evenly spaced steps that the teacher itself is used with; null: all it has"
+        None, ge=1, description="evenly spaced steps that the teacher is reduced to first; null: all it has"
     )
 
     @model_validator(mode="after")

@@ -109,6 +109,10 @@ class DataSummary(Result):
     splits: dict[str, int] = Field(description="split name -> number of images")
     shape: tuple[int, int, int] = Field(description="(C, H, W)")
     classes: list[str]
+    per_class: dict[str, list[int]] = Field({}, description="split name -> images of each class")
+    fingerprints: dict[str, str] = Field({}, description="split name -> hash of its images and labels")
+    skipped: int = Field(0, description="unreadable images that were left out (skip_bad)")
+    skipped_first: list[str] = Field([], description="the first ten of them, each with the reason")
 
 
 class Ancestor(Result):

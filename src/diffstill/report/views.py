@@ -334,7 +334,14 @@ def data_facts(data: DataSummary) -> list[tuple[str, str]]:
         ("splits", splits),
         ("images", f"{data.shape[1]} \u00d7 {data.shape[2]}, {'grey' if data.shape[0] == 1 else 'colour'}"),
         ("classes", f"{len(data.classes)}: {', '.join(data.classes)}"),
+        *_left_out(data),
     ]
+
+
+def _left_out(data: DataSummary) -> list[tuple[str, str]]:
+    if not data.skipped:
+        return []
+    return [("left out", f"{words.count(data.skipped)} unreadable, the first: {data.skipped_first[0]}")]
 
 
 def environment_facts(environment: Environment) -> list[tuple[str, str]]:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import InputError
+from ...errors import InputError, counted
 from ..dataset import ImageData
 from .spec import DataSpec
 
@@ -59,28 +58,17 @@ class DataSplits:
 
     def fingerprint(self) -> str:
         """SHA-256 (first 16 hex digits) over the three splits' fingerprints and the class names."""
-        return self._combined([part.fingerprint() for part in (self.train, self.val, self.test)])
-
-    def describe(self) -> dict[str, Any]:
-        """What a receipt keeps (JSON types): form, classes, per split the number of images and the fingerprint."""
-        splits: dict[str, dict[str, Any]] = {}
-        for part in (self.train, self.val, self.test):
-            per_class = part.labels.bincount(minlength=self.num_classes).tolist()
-            splits[part.split] = {"images": len(part), "sha256": part.fingerprint(), "per_class": per_class}
-        return {
-            "name": self.name,
-            "spec": self.spec.model_dump(mode="json", exclude_defaults=True) if self.spec else {},
-            "shape": list(self.shape),
-            "num_classes": self.num_classes,
-            "class_names": list(self.class_names),
-            "splits": splits,
-            "sha256": self._combined([split["sha256"] for split in splits.values()]),
-            "skipped": {"images": len(self.skipped), "first": list(self.skipped[:10])},
-        }
-
-    def _combined(self, fingerprints: list[str]) -> str:
-        text = "\n".join([*fingerprints, *self.class_names])
+        parts = (self.train, self.val, self.test)
+        text = "\n".join([*(part.fingerprint() for part in parts), *self.class_names])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def left_out(self) -> str | None:
+        """What is said about unreadable images; None where there were none."""
+        if not self.skipped:
+            return None
+        return (
+            f"{counted(len(self.skipped), 'unreadable image')} left out (data.skip_bad), the first: {self.skipped[0]}"
+        )
 
 
 def stratified_split(labels: Index, val: float, test: float, seed: int) -> tuple[Index, Index, Index]:
