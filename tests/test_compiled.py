@@ -101,7 +101,8 @@ def test_every_stage_is_compiled_for_its_own_batches(tmp_path: Path, monkeypatch
     monkeypatch.setattr(torch, "compile", lambda network, **how: as_torch_has_it(network, **how, backend=compiler))
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **how: None)
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(recompile_limit=1):
+    limit = "recompile_limit" if hasattr(torch._dynamo.config, "recompile_limit") else "cache_size_limit"  # torch 2.6
+    with torch._dynamo.config.patch({limit: 1}):
         for images in (BATCH, BATCH // 2, BATCH // 4):
             before = len(sizes)
             trainer = DASH.trainer(tmp_path / str(images), steps=1, compile=True, micro_batch=images)
