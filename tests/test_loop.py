@@ -238,11 +238,14 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert load_latest(tmp_path / "checkpoints") == (None, [])
 
 
-def test_a_signal_in_the_last_step_is_too_late(tmp_path: Path) -> None:
+def test_a_signal_in_the_last_step_ends_what_comes_after_the_training(tmp_path: Path) -> None:
     trainer = DASH.trainer(tmp_path)
     trainer.on_progress = lambda p: os.kill(os.getpid(), signal.SIGTERM) if p.images_seen == 48 else None
-    trainer.run()
-    assert trainer.images_seen == 48
+    with pytest.raises(Interrupted, match="stopped by a signal at 48 images; saved"):
+        trainer.run()
+    again = DASH.trainer(tmp_path)
+    again.run()
+    assert again.images_seen == 48
 
 
 # The collapse alarm

@@ -24,10 +24,10 @@ class RichUi:
         self.console = Console(stderr=True, highlight=False)
 
     def say(self, text: str) -> None:
-        self.console.print(text)
+        self.console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"warning: {text}", style="yellow")
+        self.console.print(f"warning: {text}", style="yellow", markup=False)
 
     @contextmanager
     def bar(self, title: str, total: float) -> Iterator[Bar]:

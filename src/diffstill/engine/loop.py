@@ -162,7 +162,9 @@ class Trainer:
             if due or stopping or done:
                 self.save()
                 saved_at = time.monotonic()
-            if stopping and not done:
+            if done:  # also a signal in the last step, or while it was saved
+                stopping = self.runtime.any(bool(stop))
+            if stopping:
                 signum = stop.signum or 15
                 raise Interrupted(
                     signum, f"stopped by a signal at {self.images_seen} images; saved; run the same command to go on"

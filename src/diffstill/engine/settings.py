@@ -13,7 +13,7 @@ Precision = Literal["auto", "fp32", "bf16"]
 class TrainSettings(BaseModel):
     """How long and how fast to train. Progress is counted in images; steps follow from the batch size."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     images: int = Field(gt=0, description="images to train on, epochs included; a multiple of batch_size")
     batch_size: int = Field(64, gt=0, description="global batch, over all processes")

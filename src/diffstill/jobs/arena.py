@@ -24,7 +24,7 @@ from ..report.page import write_arena
 from ..report.receipt import environment
 from .build import Teacher, build_arm, check_data, check_run, probe_data
 from .distill import PROBE_PAIRS, blank_teacher, inputs_of, obtain_teacher
-from .finish import Subject, describe_data, draw_pictures, evaluator_for, refresh_card
+from .finish import Subject, describe_data, draw_pictures, evaluator_for, held_evaluation, refresh_card
 from .folder import RunFolder
 from .stage import Planned, run_stage
 from .train import save_trained
@@ -86,8 +86,9 @@ def arena(
     evaluator = evaluator_for(recipe.evaluation, data, runtime, out)
     folder.claim()
     runtime.barrier()
-    teacher, _ = obtain_teacher(recipe, data, folder, runtime, ui)
+    teacher, _, warnings = obtain_teacher(recipe, data, folder, runtime, ui)
     session = _Session(recipe, arms, reference, data, folder.path, runtime, ui, evaluator, teacher)
+    session.notes += warnings
     found: dict[str, list[ArmSeed]] = {name: [] for name in arms}
     parameters: dict[str, int] = {}
     longer: dict[str, int] = {}
@@ -221,8 +222,10 @@ class _Session:
     ) -> ModelEvaluation:
         """Measured once and kept: an arena that is started again does not measure again."""
         kept = self.path / "evaluations" / f"{name.replace('/', '-')}.json"
-        if kept.exists():
-            return ModelEvaluation.model_validate_json(kept.read_text(encoding="utf-8"))
+        held = held_evaluation(kept)
+        missing = self.runtime.any(held is None)
+        if held is not None and not missing:
+            return held
         with self.ui.bar(f"evaluate {name}", 1.0) as bar:
             bar.update(0.0)
             # One memory layout for all, or their latencies would not compare.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 from torch import Tensor
 
 from .. import __version__
@@ -41,8 +40,10 @@ from .finish import (
     draw_shots,
     evaluate_subjects,
     evaluator_for,
+    held_evaluation,
     refresh_card,
 )
+from .folder import check_fresh, empty
 from .stage import summarise
 from .stages import Stage, StageData, check_stages, digest, stages_of
 from .train import Finished, train_teacher
@@ -109,11 +110,13 @@ class ChainFolder:
             return
         if path.exists() and not path.is_dir():
             raise InputError("out", str(path), "give a folder", problem="is a file")
-        if file.exists():
+        if file.exists() and (path / "stages").is_dir():
             held = self._held(file)
             if (held.get("kind"), held.get("name")) != ("chain", recipe.name):
                 problem = f"holds another run ({held.get('name')})"
                 raise InputError("out", str(path), "use another --out", problem=problem)
+            if fresh:
+                check_fresh(path, resolved(recipe))
         elif path.exists() and any(path.iterdir()):
             raise InputError("out", str(path), "choose an empty or new folder", problem="holds files that are no run")
 
@@ -129,8 +132,8 @@ class ChainFolder:
         if not self._write:
             return
         try:
-            if self._fresh and (self.path / "recipe.yaml").exists():
-                shutil.rmtree(self.path)
+            if self._fresh and self.path.exists():
+                empty(self.path)
             (self.path / "stages").mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(resolved(self._recipe), sort_keys=False, allow_unicode=True)
             write_text(self.path / "recipe.yaml", text)
@@ -267,7 +270,7 @@ def _train(
     assert recipe is not None
     warnings: list[str] = []
     if isinstance(recipe, TrainRecipe):
-        _, summary = train_teacher(recipe, data, home, home / "model", runtime, ui)
+        _, summary, warnings = train_teacher(recipe, data, home, home / "model", runtime, ui)
     else:
         assert before is not None
         teacher = as_teacher(before.loaded, before.name)
@@ -341,7 +344,7 @@ def _measured(
         against = made.root if same else made.root.respaced(made.steps.tolist())
     key = digest(_measurement(made, data, evaluator, runtime) | {"steps": steps})
     file = folder.path / "stages" / f"{made.name}-{key[:8]}.json"
-    evaluation = _held_evaluation(file)
+    evaluation = held_evaluation(file)
     found = not runtime.any(evaluation is None)
     if evaluation is None or not found:
         subject = Subject(made.name, model, made.method, made.loaded.folder, made.loaded.guided, against, steps)
@@ -377,10 +380,3 @@ def _measurement(made: Artefact, data: DataSplits, evaluator: Evaluator, runtime
         "guided": made.loaded.guided,
         "root": weights_sha256(made.root.network),
     }
-
-
-def _held_evaluation(file: Path) -> ModelEvaluation | None:
-    try:
-        return ModelEvaluation.model_validate_json(file.read_text(encoding="utf-8"))
-    except (OSError, ValidationError):  # none yet, or one that was cut off: measured again
-        return None

@@ -121,18 +121,18 @@ def prepare_student(
 
 def obtain_teacher(
     recipe: DistillRecipe, data: DataSplits, folder: RunFolder, runtime: Runtime, ui: Ui
-) -> tuple[Teacher, list[TrainingSummary]]:
-    """The teacher: opened, or trained into ``<run>/teacher`` by its own recipe."""
+) -> tuple[Teacher, list[TrainingSummary], list[str]]:
+    """The teacher: opened, or trained into ``<run>/teacher`` by its own recipe; with that training's warnings."""
     upstream = teacher_recipe(recipe)
     if upstream is None:
         teacher = open_teacher(recipe.teacher.model or "")
         teacher.denoiser.network.to(runtime.device)
-        return respaced(teacher, recipe.respace), []
+        return respaced(teacher, recipe.respace), [], []
     own = teacher_data(upstream, recipe, data)
-    teacher, summary = train_teacher(
+    teacher, summary, warnings = train_teacher(
         upstream, own, folder.path / "stages" / "teacher", folder.path / "teacher", runtime, ui
     )
-    return respaced(teacher, recipe.respace), [summary]
+    return respaced(teacher, recipe.respace), [summary], warnings
 
 
 def train_student(
@@ -221,7 +221,7 @@ def distill(
     evaluator = evaluator_for(recipe.evaluation, data, runtime, out)
     folder.claim()
     runtime.barrier()
-    teacher, summaries = obtain_teacher(recipe, data, folder, runtime, ui)
+    teacher, summaries, warnings = obtain_teacher(recipe, data, folder, runtime, ui)
     trainer = train_student(recipe, data, teacher, out, folder.model, runtime, ui)
     arm, *others = trainer.arms
     method = arm.method
@@ -247,6 +247,6 @@ def distill(
     ]
     receipt = finish_run(
         kind, recipe, data, folder, subjects, summaries, evaluator=evaluator, runtime=runtime, ui=ui,
-        warnings=trainer.warnings,
+        warnings=list(dict.fromkeys([*warnings, *trainer.warnings])),
     )  # fmt: skip
     return Finished(out, receipt)

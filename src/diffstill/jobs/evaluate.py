@@ -82,7 +82,7 @@ def parse_labels(text: str | None, class_names: Sequence[str]) -> list[int] | No
     for word in (part.strip() for part in text.split(",")):
         if word in class_names:
             found.append(class_names.index(word))
-        elif word.lstrip("-").isdigit() and 0 <= int(word) < len(class_names):
+        elif re.fullmatch("[0-9]{1,9}", word) and int(word) < len(class_names):
             found.append(int(word))
         else:
             shown = ", ".join(class_names[:10]) + ("..." if len(class_names) > 10 else "")

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from ..data.dataset import to_float, to_uint8
 from ..data.sources import DataSplits, load_data
@@ -87,9 +88,13 @@ def check_out(out: Path) -> None:
     """An evaluation must not write over a run.
 
     Raises:
-        InputError: a folder that holds one.
+        InputError: a folder that holds one, finished or not, or a file.
     """
-    if (out / "receipt.json").exists() and Receipt.load(out / "receipt.json").kind != "eval":
+    if out.is_file():
+        raise InputError("out", str(out), "give a folder", problem="is a file")
+    marks = ("recipe.yaml", "inputs.json", "checkpoints", "arena.json")
+    run = any((out / mark).exists() for mark in marks)
+    if run or ((out / "receipt.json").exists() and Receipt.load(out / "receipt.json").kind != "eval"):
         raise InputError("out", str(out), "name another folder", problem="holds a run, whose receipt would be lost")
 
 
@@ -119,6 +124,14 @@ def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime, out:
 def baselines_of(evaluator: Evaluator) -> dict[str, ModelEvaluation]:
     """What is measured in a model's place: of few-shot data, the shots themselves. All processes take part."""
     return {REPLICATED: evaluator.replicate()} if evaluator.few_shot is not None else {}
+
+
+def held_evaluation(file: Path) -> ModelEvaluation | None:
+    """One that was measured before; None where there is none."""
+    try:
+        return ModelEvaluation.model_validate_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValidationError):  # none yet, or one that was cut off: measured again
+        return None
 
 
 def evaluate_subjects(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,61 @@ import yaml
 from ..disk import write_text
 from ..errors import InputError, RunFailed
 from ..recipe import differences
+from ..report.receipt import Receipt
+
+MADE = ("log.jsonl", "checkpoints", "model", "teacher", "stages", "models", "samples", "pictures", "evaluations",
+        "receipt.json", "report.html", "arena.json", "recipe.yaml", "inputs.json")  # fmt: skip
+"""What runs write into their folder, the marks of a run last: an emptying that is stopped can be repeated."""
+SEEDS = "seed-"
+"""What the folders of an arena's passes begin with."""
+
+
+def _leaves(tree: Any) -> Iterator[str]:
+    if isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _leaves(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _leaves(value)
+    elif isinstance(tree, str):
+        yield tree
+
+
+def check_fresh(path: Path, recipe: Mapping[str, Any]) -> None:
+    """``--fresh`` throws away what a run made, and nothing else.
+
+    Raises:
+        InputError: a folder with other files, or with something that the recipe itself reads.
+    """
+    others = sorted(
+        entry.name
+        for entry in path.iterdir()
+        if entry.name not in MADE and not entry.name.startswith((SEEDS, ".")) and not entry.name.endswith(".tmp")
+    )
+    if others:
+        mend = "move them, or use another --out"
+        problem = f"holds files that no run made ({', '.join(others[:4])}), and --fresh would lose them"
+        raise InputError("out", str(path), mend, problem=problem)
+    home = path.resolve()
+    for text in _leaves(recipe):
+        for name in (text, text.partition(":")[2]):
+            try:
+                inside = bool(name) and Path(name).exists() and Path(name).resolve().is_relative_to(home)
+            except (OSError, ValueError):
+                continue
+            if inside:
+                problem = f"holds {name}, which the recipe reads, and --fresh would lose it"
+                raise InputError("out", str(path), "use another --out", problem=problem)
+
+
+def empty(path: Path) -> None:
+    """Removes what a run made; the folder itself stays, which may be a link or the one that we are in."""
+    entries = sorted(path.iterdir(), key=lambda entry: MADE.index(entry.name) if entry.name in MADE else -1)
+    for entry in entries:
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 class RunFolder:
@@ -47,8 +102,10 @@ class RunFolder:
         file = path / "recipe.yaml"
         if path.exists() and not path.is_dir():
             raise InputError("out", str(path), "give a folder", problem="is a file")
-        if file.exists():
-            if not fresh:
+        if file.exists() and (path / "inputs.json").exists():
+            if fresh:
+                check_fresh(path, recipe)
+            else:
                 self._same(file, recipe, "a different recipe")
                 self._same(path / "inputs.json", inputs, "other data or another teacher")
         elif path.exists() and any(path.iterdir()):
@@ -57,15 +114,15 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether an earlier call did it all (and is not to be thrown away)."""
-        return self.receipt.exists() and not self._fresh
+        return self.receipt.exists() and not self._fresh and Receipt.load(self.receipt).kind != "eval"
 
     def claim(self) -> None:
         """Makes the folder this run's; with ``fresh``, empties it first (only a folder that is known to be a run)."""
         if not self._write:
             return
         try:
-            if self._fresh and (self.path / "recipe.yaml").exists():
-                shutil.rmtree(self.path)
+            if self._fresh and self.path.exists():
+                empty(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
             for name, text in self._texts.items():
                 if not (self.path / name).exists():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -145,7 +146,8 @@ def _relabelled(pictures: ImageData, data: DataSplits) -> ImageData | None:
     themselves. None where some class is not the data's."""
     known = {name: label for label, name in enumerate(data.class_names)}
     if not set(pictures.class_names) <= known.keys():
-        known = {name: int(name) for name in pictures.class_names if name.isdigit() and int(name) < data.num_classes}
+        digits = [name for name in pictures.class_names if re.fullmatch("[0-9]{1,9}", name)]
+        known = {name: int(name) for name in digits if int(name) < data.num_classes}
         if len(known) < pictures.num_classes:
             return None
     table = torch.tensor([known[name] for name in pictures.class_names])

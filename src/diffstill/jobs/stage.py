@@ -99,8 +99,8 @@ def summarise(trainer: Trainer, arm: Arm, name: str, curve: str) -> TrainingSumm
 
 
 def curriculum_bins(method: Method, bins: int = 20) -> list[float]:
-    """Mean effective weight in equal timestep bins; empty where every weight is 1."""
+    """Mean effective weight in equal timestep bins, one a step where there are fewer; empty where every weight is 1."""
     weights = dict(method.artefacts()).get("weights")
     if weights is None or torch.allclose(weights, torch.ones_like(weights), atol=1e-4):
         return []
-    return [float(part.mean()) for part in weights.cpu().double().tensor_split(bins)]
+    return [float(part.mean()) for part in weights.cpu().double().tensor_split(min(bins, len(weights)))]

@@ -88,8 +88,9 @@ def untrained(recipe: TrainRecipe, data: DataSplits) -> Method:
 
 def train_teacher(
     recipe: TrainRecipe, data: DataSplits, work: Path, model: Path, runtime: Runtime, ui: Ui
-) -> tuple[Teacher, TrainingSummary]:
-    """Trains (or resumes, or finds finished) the recipe's network in ``work`` and saves it as ``model``."""
+) -> tuple[Teacher, TrainingSummary, list[str]]:
+    """Trains (or resumes, or finds finished) the recipe's network in ``work`` and saves it as ``model``; with the
+    training's warnings."""
     method = untrained(recipe, data)
     trainer = run_stage(
         [Planned(recipe.name, method)],
@@ -109,7 +110,7 @@ def train_teacher(
     summary = summarise(trainer, arm, recipe.name, str((work / "log.jsonl").relative_to(model.parent)))
     # Read back from disk: what is distilled from and evaluated is what was saved.
     loaded = load_model(model, runtime.device)
-    return as_teacher(loaded, recipe.name), summary
+    return as_teacher(loaded, recipe.name), summary, trainer.warnings
 
 
 def train(recipe: TrainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bool = False) -> Finished:
@@ -129,11 +130,12 @@ def train(recipe: TrainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
     evaluator = evaluator_for(recipe.evaluation, data, runtime, out)
     folder.claim()
     runtime.barrier()
-    teacher, summary = train_teacher(recipe, data, out, folder.model, runtime, ui)
+    teacher, summary, warnings = train_teacher(recipe, data, out, folder.model, runtime, ui)
     subject = Subject("teacher", teacher.denoiser, recipe.method.name, folder.model, teacher.guided)
     receipt = finish_run(
-        "train", recipe, data, folder, [subject], [summary], evaluator=evaluator, runtime=runtime, ui=ui
-    )
+        "train", recipe, data, folder, [subject], [summary], evaluator=evaluator, runtime=runtime, ui=ui,
+        warnings=warnings,
+    )  # fmt: skip
     return Finished(out, receipt)
 
 

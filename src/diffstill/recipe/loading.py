@@ -67,7 +67,7 @@ def load_recipe(name: str, overrides: Sequence[str] | Mapping[str, Any] = ()) ->
     tree = _tree(name, ())
     pairs = _flat(overrides) if isinstance(overrides, Mapping) else [_split(item) for item in overrides]
     _check_stages(tree, pairs)
-    for key, value in pairs:
+    for key, value in sorted(pairs, key=lambda pair: not _switches(pair[0])):  # what starts a section anew goes first
         _put(tree, key, value)
     return parse_recipe(tree)
 
@@ -216,6 +216,11 @@ def _split(item: str) -> tuple[str, Any]:
         return key, yaml.load(text, Loader=_Loader)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(key, text, "write the value as YAML: 3, true, [1, 2]", problem="is no valid YAML") from None
+
+
+def _switches(key: str) -> bool:
+    parents, _, last = key.rpartition(".")
+    return last in _SWITCHED.get(parents.rpartition(".")[2], ())
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -28,6 +28,8 @@ NETWORKS: dict[str, dict[str, Any]] = {AS_TEACHER: {"ratio": None, **guided_unet
 """Family -> its options and their defaults."""
 LISTS = ("block_out_channels", "attention_levels")
 """Options that hold an entry a resolution level."""
+NOT_SIZES = ("attention_levels", "dropout", "ratio")
+"""Options whose whole numbers may be 0, or are checked elsewhere."""
 
 
 class NetworkSpec(BaseModel):
@@ -56,6 +58,9 @@ class NetworkSpec(BaseModel):
                 raise Within(str(InputError(key, value, "give a number")))
             if key in LISTS and not isinstance(value, (list, tuple)):
                 raise Within(str(InputError(key, value, f"give a list, e.g. [{value}, {value}]")))
+            sizes = value if key == "block_out_channels" else [] if key in NOT_SIZES else [value]
+            if any(isinstance(size, int) and size < 1 for size in sizes):
+                raise Within(str(InputError(key, value, "use 1 or more")))
         if self.ratio is not None and not isinstance(self.ratio, (int, float)):
             raise Within(str(InputError("ratio", self.ratio, "give a number: how many times fewer parameters")))
         return self

@@ -22,7 +22,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ScheduleSpec(Section):
@@ -83,6 +83,13 @@ class EvaluationSpec(Section):
     @classmethod
     def _one_or_several(cls, value: Any) -> Any:
         return (value,) if type(value) is int else value
+
+    @field_validator("latency_batches", mode="after")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(batch < 1 for batch in value):
+            raise ValueError("use 1 or more")
+        return value
 
     @field_validator("guidance", "seeds", mode="after")
     @classmethod
