@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,40 @@ def test_what_starts_a_section_anew_goes_before_what_is_set_in_it() -> None:
     assert recipe.method.build_options().lambda_an == 0.5
     with pytest.raises(InputError, match=r"^method: unknown key 'lambda_im'"):
         load_recipe("digits-dash", ["method.lambda_im=3", "method.name=gap"])
+
+
+def test_a_model_of_an_unknown_method_is_measured_and_drawn(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of the user's own, or of another version: data and protocol are all that is read of its recipe."""
+    model = tmp_path / "model"
+    shutil.copytree(tiny_run / "model", model)
+    lineage = json.loads((model / "lineage.json").read_text())
+    lineage["recipe"]["method"] = {"name": "of-my-own"}
+    lineage["recipe"]["training"]["old_key"] = 3
+    (model / "lineage.json").write_text(json.dumps(lineage))
+    few = ["samples=20", "pairs=20", "steps=2", "guidance=1"]
+    assert main(["eval", str(model), *few, "--out", str(tmp_path / "eval"), "--quiet"]) == 0
+    assert Receipt.load(tmp_path / "eval" / "receipt.json").recipe["method"] == {"name": "of-my-own"}
+    assert main(["interpolate", str(model), "--label", "3", "--steps", "2", "--out", str(tmp_path / "x.png")]) == 0
+    lineage["recipe"]["data"]["nonsense"] = 1
+    (model / "lineage.json").write_text(json.dumps(lineage))
+    capsys.readouterr()
+    assert main(["eval", str(model), *few, "--out", str(tmp_path / "other"), "--quiet"]) == 2
+    assert "data.nonsense" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_read_is_no_bug(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "x" * 300, "--data", "digits"]) in (1, 2)
+    told = capsys.readouterr().err
+    assert "a bug" not in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("labels", ["\u00b2", "--3", "-1", "10"])
+def test_labels_that_are_none_are_named(tiny_run: Path, labels: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", str(tiny_run / "model"), f"--labels={labels}", "--out", "x.png"]) == 2
+    assert f"labels: '{labels}' is not usable; use 0..9" in capsys.readouterr().err
 
 
 def test_fresh_empties_a_run_and_other_inputs_are_refused(tmp_path: Path) -> None:

@@ -84,6 +84,19 @@ def test_what_a_run_stores_tells_every_option_of_its_method(name: str) -> None:
     assert MethodSpec.model_validate(stored).build_options() == MethodSpec.model_validate(tree).build_options()
 
 
+@pytest.mark.parametrize("key", ["layers_per_block", "norm_num_groups", "attention_head_dim"])
+def test_sizes_under_one_are_refused_before_a_network_is_built(key: str) -> None:
+    for value in (0, -8):
+        with pytest.raises(InputError, match=rf"^network\.{key}: {value} is not usable; use 1 or more"):
+            load_recipe("digits-teacher", [f"network.{key}={value}"])
+    with pytest.raises(InputError, match=r"^network\.block_out_channels: .*use 1 or more"):
+        load_recipe("digits-teacher", ["network.block_out_channels=[0, 8]"])
+    with pytest.raises(InputError, match=r"^evaluation\.latency_batches: .*use 1 or more"):
+        load_recipe("digits-teacher", ["evaluation.latency_batches=[0]"])
+    with pytest.raises(InputError, match=r"^training\.checkpoint_minutes: .*finite"):
+        load_recipe("digits-teacher", ["training.checkpoint_minutes=.inf"])
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_run_stores_tells_every_option_of_its_network(family: str) -> None:
     stored = NetworkSpec.model_validate({"family": family, "dropout": 0.25}).model_dump(mode="json")

@@ -72,6 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if os.environ.get("DIFFSTILL_DEBUG"):
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"diffstill: {where}cannot be read or written ({error.strerror or error})", file=sys.stderr)
+        return 1
     except Exception as error:
         if os.environ.get("DIFFSTILL_DEBUG"):
             raise

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ from ..evaluation.samples import write_samples
 from ..evaluation.sampling import sample_images
 from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
-from ..recipe import AnyRecipe, EvaluationSpec, override_section, parse_recipe
+from ..recipe import EvaluationSpec, override_section, section_of
 from ..report.page import write_report
 from ..report.pictures import grid, plain, save_png
 from ..report.receipt import Receipt, environment
@@ -168,11 +169,10 @@ def evaluate(
     ``key=value`` of the data section (``limit=300``), over either.
     """
     model = load_model(source, runtime.device)
-    recipe = parse_recipe(model.lineage.recipe) if model.lineage and model.lineage.recipe else None
+    recipe: Mapping[str, Any] = model.lineage.recipe if model.lineage else {}
     data_spec = _data_spec(recipe, data, data_overrides)
-    spec = spec or (recipe.evaluation if recipe else EvaluationSpec())
-    if recipe and spec is recipe.evaluation:  # a chain's protocol may be of more steps than a stage's model has
-        spec = _in_own_steps(spec, model)
+    # A chain's protocol may be of more steps than a stage's model has.
+    spec = spec or _in_own_steps(own_protocol(recipe), model)
     check_own_steps(model, spec.steps, "evaluation.steps")
     check_out(out)
     splits = load_data(data_spec)
@@ -194,8 +194,8 @@ def evaluate(
     receipt = Receipt(
         kind="eval",
         name=name,
-        recipe=recipe.model_dump(mode="json") if recipe else {},
-        seed=recipe.seed if recipe else 0,
+        recipe=recipe,
+        seed=int(recipe.get("seed", 0)),
         environment=environment(runtime.device),
         data=describe_data(splits),
         protocol=evaluator.protocol,
@@ -215,12 +215,17 @@ def evaluate(
     return Finished(out, receipt)
 
 
-def _data_spec(recipe: AnyRecipe | None, data: str | None, overrides: Sequence[str]) -> DataSpec:
+def own_protocol(recipe: Mapping[str, Any]) -> EvaluationSpec:
+    """That of a model's own recipe. No other section is read: its method may be one that is not known here."""
+    return section_of(EvaluationSpec, recipe.get("evaluation", {}), "evaluation")
+
+
+def _data_spec(recipe: Mapping[str, Any], data: str | None, overrides: Sequence[str]) -> DataSpec:
     """The data asked for, or the recipe's, with overrides applied."""
     if data is not None:
         spec = DataSpec.parse(data)
-    elif recipe is not None:
-        spec = recipe.data
+    elif recipe:
+        spec = section_of(DataSpec, recipe.get("data", {}), "data")
     else:
         raise InputError("data", None, "name it with --data, e.g. --data digits", problem="is not known from the model")
     return override_section(spec, overrides, "data")
@@ -238,7 +243,7 @@ def protocol_of(source: str, overrides: Sequence[str]) -> EvaluationSpec | None:
     if not overrides:
         return None
     model = load_model(source)
-    own = parse_recipe(model.lineage.recipe).evaluation if model.lineage and model.lineage.recipe else EvaluationSpec()
+    own = own_protocol(model.lineage.recipe if model.lineage else {})
     return override_section(_in_own_steps(own, model), overrides, "evaluation")
 
 

@@ -20,10 +20,10 @@ from ..errors import InputError, RunFailed, counted
 from ..evaluation.encoding import decode, encode
 from ..models.denoiser import Denoiser
 from ..models.folder import LoadedModel, load_model
-from ..recipe import EvaluationSpec, parse_recipe
+from ..recipe import EvaluationSpec, section_of
 from ..report.pictures import grid, save_png
 from .build import check_data
-from .evaluate import check_own_steps, guidance_of, parse_labels
+from .evaluate import check_own_steps, guidance_of, own_protocol, parse_labels
 from .ui import Bar
 
 LETTERS = 6
@@ -219,13 +219,13 @@ def data_of(model: LoadedModel, asked: str | None) -> tuple[DataSplits, Evaluati
     Raises:
         InputError: neither is there, or the images do not fit the model.
     """
-    recipe = parse_recipe(model.lineage.recipe) if model.lineage and model.lineage.recipe else None
-    if asked is None and recipe is None:
+    recipe = model.lineage.recipe if model.lineage else {}
+    if asked is None and not recipe:
         raise InputError("data", None, "name it with --data, e.g. --data digits", problem="is not known from the model")
-    spec = DataSpec.parse(asked) if asked is not None else recipe.data  # type: ignore[union-attr]
+    spec = DataSpec.parse(asked) if asked is not None else section_of(DataSpec, recipe.get("data", {}), "data")
     data = load_data(spec)
     check_data(data, model.denoiser, "model")
-    return data, recipe.evaluation if recipe else EvaluationSpec()
+    return data, own_protocol(recipe)
 
 
 def held_out(data: DataSplits, labels: Sequence[int]) -> Tensor:

@@ -17,6 +17,7 @@ from typing import Any
 
 import diffusers
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -99,7 +100,7 @@ def save_model(
         write_card(beside, figures=figures, grid=card_images)
         sync_tree(beside)
         swap(beside, final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise RunFailed(f"the model folder {final} cannot be written: {error}") from error
     return lineage

@@ -9,6 +9,7 @@ from .loading import (
     override_section,
     parse_recipe,
     resolved,
+    section_of,
     to_yaml,
 )
 from .named import AS_TEACHER, MethodSpec, NetworkSpec
@@ -48,5 +49,6 @@ __all__ = [
     "override_section",
     "parse_recipe",
     "resolved",
+    "section_of",
     "to_yaml",
 ]

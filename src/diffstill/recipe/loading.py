@@ -105,10 +105,19 @@ def override_section(section: S, overrides: Sequence[str], field: str) -> S:
     tree = section.model_dump()
     for item in overrides:
         _put(tree, *_split(item))
+    return section_of(type(section), tree, field)
+
+
+def section_of(kind: type[S], tree: Any, field: str) -> S:
+    """One section of a stored recipe.
+
+    Raises:
+        InputError: unknown keys or values that do not fit, named as ``field.key``.
+    """
     try:
-        return type(section).model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
-        raise one_line(error, type(section), (field,)) from None
+        raise one_line(error, kind, (field,)) from None
 
 
 def resolved(recipe: BaseModel) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def grid(
     factor = factor or enlargement(images.shape[2])
     height, width = images.shape[2] * factor, images.shape[3] * factor
     font = ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), 13)
-    left = max((round(font.getlength(label)) + 8 for label in row_labels), default=0)
+    left = max((round(font.getlength(_line(label))) + 8 for label in row_labels), default=0)
     top = 20 if column_labels else 0
     size = (left + columns * (width + GAP) - GAP, top + rows * (height + GAP) - GAP)
     sheet = Image.new("RGBA", size, (0, 0, 0, 0))
@@ -69,9 +69,9 @@ def grid(
     draw = ImageDraw.Draw(sheet)
     for row, label in enumerate(row_labels):
         place = (left - 8, top + row * (height + GAP) + height / 2)
-        draw.text(place, label, fill=NEUTRAL, font=font, anchor="rm")
+        draw.text(place, _line(label), fill=NEUTRAL, font=font, anchor="rm")
     for column, label in enumerate(column_labels):
-        draw.text((left + column * (width + GAP) + width / 2, 8), label, fill=NEUTRAL, font=font, anchor="mm")
+        draw.text((left + column * (width + GAP) + width / 2, 8), _line(label), fill=NEUTRAL, font=font, anchor="mm")
     return sheet
 
 
@@ -79,6 +79,11 @@ def plain(image: Tensor) -> Image.Image:
     """One image (C, H, W) uint8 as it is, grey or RGB."""
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     return Image.fromarray(pixels[:, :, 0] if len(image) == 1 else pixels)
+
+
+def _line(label: str) -> str:
+    """Without breaks, which cannot be drawn in one line."""
+    return " ".join(label.split())
 
 
 def class_grid(images: Tensor, labels: Tensor, class_names: Sequence[str], per_class: int = 8) -> Image.Image:

@@ -65,6 +65,9 @@ def load_data(spec: DataSpec, cache_dir: str | Path | None = None) -> DataSplits
     splits = {split: ImageData(title, split, *_joined(found), class_names) for split, found in pieces.items()}
     if not len(splits["train"]):
         raise InputError("data.source", spec.source, "check the files", problem="has no readable training image")
+    if skipped and (empty := sorted(set(range(len(class_names))) - set(splits["train"].labels.tolist()))):
+        problem = f"has no readable training image of class {class_names[empty[0]]!r}"
+        raise InputError("data.source", spec.source, "check the files, or leave the class out", problem=problem)
     labelled = all(part.labelled for part in parts.values())
     return DataSplits(**splits, spec=spec, skipped=tuple(skipped), labelled=labelled)
 

@@ -104,6 +104,8 @@ class NpzFile:
         if names.ndim != 1 or names.dtype.kind != "U":
             problem = f"is {names.dtype} of shape {names.shape}"
             raise InputError(self.field, self.name("class_names"), "store a 1-d array of strings", problem=problem)
+        if len(set(names.tolist())) < len(names):
+            raise InputError(self.field, self.name("class_names"), "give each class its own", problem="repeats a name")
         return tuple(names.tolist())
 
 
