@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,3 +57,17 @@ def tiny_subject(tiny_pipeline: Path, tiny_subjects: Path) -> list[str]:
     from tiny_sd import overrides
 
     return overrides(tiny_pipeline, tiny_subjects)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model folder with everything in it that one can have; not to be changed."""
+    from folders import whole
+
+    return whole(tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it, to spoil."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))

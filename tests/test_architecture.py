@@ -31,7 +31,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "jobs": {"errors", "disk", "diffusion", "data", "models", "evaluation", "methods", "engine", "report", "recipe"},
     "console": {"jobs"},
     "cli_edit": {"jobs"},
-    "cli": {"errors", "engine", "report", "recipe", "checks", "jobs", "console", "cli_edit"},
+    "cli_parser": {"engine", "errors"},
+    "cli": {"errors", "engine", "report", "recipe", "checks", "jobs", "console", "cli_edit", "cli_parser"},
     "__main__": {"cli"},
 }
 """Room -> the rooms below it. ``diffstill`` itself (the version) may be imported by all."""

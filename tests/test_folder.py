@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 import yaml
-from folders import NAMES, WEIGHTS, denoiser, save, whole
+from folders import NAMES, WEIGHTS, denoiser, save
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,18 +22,6 @@ from diffstill.models.card import write_card
 from diffstill.models.denoiser import Denoiser
 from diffstill.models.folder import load_model
 from diffstill.models.lineage import Ancestor, DataRef, Lineage, recipe_sha256, weights_sha256
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return whole(tmp_path_factory.mktemp("saved") / "model")
-
-
-@pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    """A model folder to spoil."""
-    return Path(shutil.copytree(saved, tmp_path / "model"))
-
 
 # ------------------------------------------------------------------------------------------------------ round trips
 

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
-from folders import WEIGHTS, edit, whole
+from folders import WEIGHTS, edit
 from safetensors.torch import load_file, save_file
 
 from diffstill.diffusion.schedule import NoiseSchedule
 from diffstill.errors import InputError
 from diffstill.models.folder import load_model
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return whole(tmp_path_factory.mktemp("saved") / "model")
-
-
-@pytest.fixture
-def folder(saved: Path, tmp_path: Path) -> Path:
-    """A model folder to spoil."""
-    return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
 def spoil_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

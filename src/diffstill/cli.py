@@ -6,52 +6,15 @@ import argparse
 import json
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
-from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from . import __version__, cli_edit
+from .cli_parser import Parser, unknown_option
 from .errors import DiffstillError, InputError
-
-
-class _Parser(argparse.ArgumentParser):
-    """One line for a wrong command line, instead of the whole usage."""
-
-    def error(self, message: str) -> NoReturn:
-        named = re.fullmatch(r"argument (\S+): invalid (?:(\w+) value|choice): '(.*?)'.*", message, re.DOTALL)
-        missing = message.partition(" required: ")[2]
-        see = f"see {self.prog} --help"
-        if named and named[1] == "COMMAND":
-            known = self.choices("COMMAND")
-            near = get_close_matches(named[3], known, n=1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
-            mend = f"use one of {', '.join(known)}, or --help"
-            raise InputError("command", named[3], mend, problem=f"is unknown{hint}")
-        if named:
-            choices = f"use {', '.join(self.choices(named[1]))}"
-            mend = {"int": "give a whole number", "float": "give a number"}.get(named[2] or "", choices)
-            raise InputError(named[1].rpartition("/")[2].lstrip("-"), named[3], mend)
-        if missing == "COMMAND":
-            mend = f"use one of {', '.join(self.choices(missing))}, or --help"
-            raise InputError("command", None, mend, problem="is missing")
-        if missing:
-            first = missing.split(", ")[0]
-            told = ", ".join(self.choices(first)) or (action.help if (action := self.action(first)) else "")
-            raise InputError(first, None, f"give {told}; {see}", problem="is missing")
-        raise InputError("command line", message, see, problem="was not understood")
-
-    def action(self, name: str) -> argparse.Action | None:
-        """The argument that argparse's messages call so."""
-        called = ((action, (action.metavar, action.dest, "/".join(action.option_strings))) for action in self._actions)
-        return next((action for action, names in called if name in names), None)
-
-    def choices(self, name: str) -> list[str]:
-        action = self.action(name)
-        return list(action.choices or ()) if action else []
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,31 +58,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments, rest = parser.parse_known_args(argv)
     late = [word for word in rest if not word.startswith("-")]
     if rest and (late != rest or not hasattr(arguments, "overrides")):
-        raise _unknown(parser, arguments, rest)
+        raise unknown_option(parser, arguments, rest)
     if late:
         arguments.overrides = [*arguments.overrides, *late]
     return arguments
-
-
-def _unknown(parser: _Parser, arguments: argparse.Namespace, rest: Sequence[str]) -> InputError:
-    """An option that a command does not have, with the one or the recipe's key that was meant."""
-    word = next((word for word in rest if word.startswith("-")), rest[0])
-    name, _, value = word.lstrip("-").partition("=")
-    own = parser.action("COMMAND").choices[arguments.command]  # type: ignore[union-attr,index]
-    near = get_close_matches(
-        f"--{name}", [option for action in own._actions for option in action.option_strings], 1, 0.75
-    )
-    mend = f"did you mean {near[0]}? See {own.prog} --help" if near else f"see {own.prog} --help"
-    if word == name:
-        return InputError("command line", word, mend, problem="is a word too many")
-    if hasattr(arguments, "overrides") and not near:
-        from .engine.settings import TrainSettings
-
-        key = name.replace("-", "_")
-        section = "training." if key in TrainSettings.model_fields else ""
-        given = value or next((other for other in rest[rest.index(word) + 1 :]), "VALUE")
-        mend = f"settings of a recipe are written without dashes: {section}{key}={given}"
-    return InputError("command line", word, mend, problem="is no option of this command")
 
 
 def _unforeseen(error: Exception) -> str:
@@ -138,8 +80,8 @@ def _quieten() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def build_parser() -> _Parser:
-    parser = _Parser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="diffstill",
         description="Distil diffusion models: smaller, fewer steps, the guidance dial still alive.",
         epilog="example: diffstill demo",
