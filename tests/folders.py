@@ -1,9 +1,11 @@
-"""Tiny model folders."""
+"""Tiny model folders, and a disk that is full."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +46,14 @@ def whole(folder: Path) -> Path:
     curriculum = Curriculum(model.schedule)
     save(model, folder, curriculum=curriculum.table(), curriculum_meta=curriculum.meta())
     return folder
+
+
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Files can grow no further than ``size`` bytes, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -6,16 +6,15 @@ import hashlib
 import io
 import json
 import pickle
-import resource
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engines import DASH, assert_same, names, one_line
+from folders import largest_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -153,17 +152,6 @@ def test_a_pickle_that_poses_as_safetensors_is_refused_and_never_run(tmp_path: P
     assert not proof.exists()
     pickle.loads(pickle.dumps(Bomb(proof)))  # the bomb does work
     assert proof.exists()
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Files can grow no further than ``size`` bytes, as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_ends_the_run_in_one_line_and_leaves_the_old_checkpoint(tmp_path: Path) -> None:

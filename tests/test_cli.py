@@ -177,6 +177,12 @@ def test_arena_pairs_the_arms(
     alone = json.loads(capsys.readouterr().out)
     a, b = result["arms"][1]["seeds"][0]["evaluation"], alone["arms"][0]["seeds"][0]["evaluation"]
     assert a["sweep"][0]["fd"]["value"] == pytest.approx(b["sweep"][0]["fd"]["value"], rel=1e-3)
+    # An evaluation whose file was cut off is done again.
+    kept = tmp_path / "b" / "evaluations" / "seed-0-conditional.json"
+    kept.write_text(kept.read_text()[:100])
+    assert main([*single, "--out", str(tmp_path / "b")]) == 0
+    again = json.loads(capsys.readouterr().out)["arms"][0]["seeds"][0]["evaluation"]
+    assert again["sweep"] == b["sweep"]
 
 
 def test_equal_seconds_gives_cheap_arms_more_images_and_dear_ones_none() -> None:

@@ -7,6 +7,14 @@ import pytest
 from diffstill import console
 
 
+def test_square_brackets_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    ui = console.RichUi()
+    ui.say("wrote runs/[a]/x and [/b]")
+    ui.warn("class [red]")
+    told = " ".join(capsys.readouterr().err.split())
+    assert told == "wrote runs/[a]/x and [/b] warning: class [red]"
+
+
 def test_what_is_left_follows_the_recent_rate(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -96,6 +96,12 @@ def test_npz_with_several_splits_and_files(tmp_path: Path) -> None:
     assert refused(f"npz:{folder}/test.npz", train="x.npz").field == "data.train"
 
 
+def test_npz_class_names_are_each_one_class(tmp_path: Path) -> None:
+    names = np.array(["a", "a", "b"])
+    np.savez(tmp_path / "a.npz", images=noise(6, 4, 4), labels=np.arange(6) % 3, class_names=names)
+    assert "class_names' repeats a name; give each class its own" in str(refused(tmp_path / "a.npz", **WHOLE))
+
+
 def test_npz_class_names_and_string_labels(tmp_path: Path) -> None:
     images = noise(8, 4, 4)
     np.savez(tmp_path / "a.npz", images=images, labels=np.arange(8) % 2, class_names=np.array(["zero", "one", "two"]))

@@ -249,6 +249,9 @@ def test_unreadable_images_are_named_or_skipped(tmp_path: Path) -> None:
     assert np.array_equal(nhwc(data.train.images[:3]), np.stack(good))
     sized = load(tmp_path, **WHOLE, skip_bad=True, size=32, channels=3)
     assert sized.fingerprint() == data.fingerprint()
+    for file in (tmp_path / "cat").iterdir():
+        file.write_bytes(b"torn")
+    assert "has no readable training image of class 'cat'" in str(refused(tmp_path, **WHOLE, skip_bad=True))
 
 
 def test_folder_mistakes_have_one_line(tmp_path: Path) -> None:

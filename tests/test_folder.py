@@ -10,7 +10,7 @@ import diffusers
 import pytest
 import torch
 import yaml
-from folders import NAMES, WEIGHTS, denoiser, save
+from folders import NAMES, WEIGHTS, denoiser, largest_file, save
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -24,6 +24,12 @@ from diffstill.models.folder import load_model
 from diffstill.models.lineage import Ancestor, DataRef, Lineage, recipe_sha256, weights_sha256
 
 # ------------------------------------------------------------------------------------------------------ round trips
+
+
+def test_a_full_disk_is_a_failed_run_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    with largest_file(20_000), pytest.raises(RunFailed, match=r"^the model folder .*/model cannot be written: "):
+        save(denoiser(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])

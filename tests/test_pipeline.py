@@ -17,7 +17,7 @@ from torch import Tensor
 
 from diffstill.data.dataset import to_uint8
 from diffstill.diffusion.guidance import parse_guidance
-from diffstill.diffusion.sampling import ddim_sample, image_noise
+from diffstill.diffusion.sampling import ddim_sample, image_noise, usual_steps
 from diffstill.diffusion.schedule import NoiseSchedule
 from diffstill.models.adapters import dit, unet2d
 from diffstill.models.denoiser import Denoiser
@@ -190,7 +190,7 @@ def test_what_travels_is_self_contained() -> None:
 def pipeline(model: Denoiser | None = None, **options: Any) -> Any:
     model = model or denoiser()
     scheduler = diffusers.DDIMScheduler(
-        num_train_timesteps=1000,
+        num_train_timesteps=model.schedule.T,
         trained_betas=model.schedule.betas.tolist(),
         prediction_type=model.prediction_type,
     )
@@ -269,6 +269,14 @@ def test_a_model_without_a_null_branch_takes_one_pass_and_refuses_a_scale() -> N
     assert torch.equal(unguided, pipe(0, 1.0, latents=noise, num_inference_steps=3, output_type="pt").images)
     with pytest.raises(ValueError, match=r"^guidance 2 cannot act: this model has no live null branch"):
         pipe(0, 2)
+
+
+@pytest.mark.parametrize("T", [8, 50, 64, 96, 100, 128, 190, 1000])
+def test_the_usual_number_of_steps_is_diffstills(T: int) -> None:
+    """What travels has no import of ours; a model of 96 steps would otherwise begin in the middle."""
+    model = Denoiser(network(), NoiseSchedule.create("cosine", T), 3, (1, 8, 8))
+    scheduler, _ = pipeline(model)._prepared_scheduler(None, "recompute", None)
+    assert len(scheduler.timesteps) == usual_steps(T)
 
 
 def test_a_callback_sees_every_step_and_may_change_the_latents() -> None:

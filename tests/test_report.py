@@ -119,6 +119,25 @@ def test_verdict_is_computed_from_the_numbers(receipt: Receipt) -> None:
 # pages
 
 
+def test_tiles_say_which_way_a_cost_goes(receipt: Receipt) -> None:
+    """A larger or slower student is no "0.17x fewer" one."""
+    teacher, student = receipt.models["teacher"], receipt.models["student"]
+    larger = receipt.model_copy(update={"models": {"teacher": student, "student": teacher}})
+    smaller = [(tile.value, tile.label) for tile in views.tiles(receipt)[:3]]
+    other = [(tile.value, tile.label) for tile in views.tiles(larger)[:3]]
+    assert [value for value, _ in smaller] == [value for value, _ in other]
+    assert [label.split(",")[0] for _, label in smaller] == ["fewer parameters", "fewer FLOPs an image", "faster"]
+    assert [label.split(",")[0] for _, label in other] == ["more parameters", "more FLOPs an image", "slower"]
+
+
+def test_unreadable_images_are_on_the_page(receipt: Receipt, folder: Path, tmp_path: Path) -> None:
+    assert "left out" not in dict(views.data_facts(receipt.data))
+    data = receipt.data.model_copy(update={"skipped": 12, "skipped_first": ["cat/3.png (truncated)"]})
+    assert dict(views.data_facts(data))["left out"] == "12 unreadable, the first: cat/3.png (truncated)"
+    changed = receipt.model_copy(update={"data": data})
+    assert "cat/3.png (truncated)" in page(changed, folder, tmp_path / "report.html")
+
+
 def test_report_shows_everything(receipt: Receipt, folder: Path, tmp_path: Path) -> None:
     path = write_report(receipt, folder, tmp_path / "report.html")
     html = path.read_text(encoding="utf-8")
@@ -353,6 +372,14 @@ def test_grid_refuses_what_it_cannot_draw() -> None:
             pictures.grid(images, 2)
     with pytest.raises(ValueError, match="as many labels"):
         pictures.grid(good, 2, row_labels=["one"])
+
+
+def test_a_label_with_line_breaks_is_drawn_in_one_line() -> None:
+    images = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+    broken, plain = (
+        pictures.grid(images, 2, row_labels=[label, "b"], column_labels=[label, "d"]) for label in ("a\r\nx", "a x")
+    )
+    assert pictures.png(broken) == pictures.png(plain)
 
 
 def test_png_round_trip(tmp_path: Path) -> None:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import fabricated
+import numpy as np
 import pytest
+from pictures import class_folders
 from tiny import TINY
 
 from diffstill.cli import main
@@ -77,6 +81,50 @@ def test_an_evaluation_writes_into_no_run_finished_or_not(tmp_path: Path, mark: 
         check_out(tmp_path)
     with pytest.raises(InputError, match=r"^out: .* is a file; give a folder"):
         check_out(tmp_path / mark)
+
+
+TRAIN = [
+    "network.block_out_channels=[8, 8]", "network.norm_num_groups=4", "training.images=128", "training.batch_size=32",
+    "training.warmup_images=0", "evaluation.samples=20", "evaluation.pairs=20", "evaluation.steps=2",
+    "evaluation.guidance=1", "evaluation.latency_batches=1",
+]  # fmt: skip
+
+
+def test_what_a_training_warned_of_is_in_its_receipt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Unreadable images that were left out, and a checkpoint that was passed over."""
+    class_folders(tmp_path / "data", {"cat": 30, "dog": 30}, side=8)
+    (tmp_path / "data" / "cat" / "zzz.png").write_bytes(b"torn")
+    out, source = tmp_path / "run", [f"data.source=folder:{tmp_path / 'data'}", "data.skip_bad=true", "data.channels=1"]
+    command = ["train", "digits-teacher", *TRAIN, *source, "training.checkpoint_every=32", "--out", str(out), "--quiet"]
+    assert main(command) == 0
+    first = Receipt.load(out / "receipt.json")
+    assert [line.split(",")[0] for line in first.warnings] == ["1 unreadable image left out (data.skip_bad)"]
+    assert first.data.skipped == 1
+    for file in ("receipt.json", "report.html"):
+        (out / file).unlink()
+    newest = max((out / "checkpoints").iterdir())
+    next(newest.glob("*.safetensors")).write_bytes(b"torn")
+    assert main(command) == 0
+    again = Receipt.load(out / "receipt.json")
+    assert any("is damaged and was passed over" in line for line in again.warnings)
+    assert any("unreadable image left out" in line for line in again.warnings)
+    assert again.models["teacher"].sha256 == first.models["teacher"].sha256
+
+
+def test_a_finished_evaluation_does_not_make_a_run_finished(tmp_path: Path) -> None:
+    """As an older version left one there."""
+    folder = RunFolder(tmp_path / "run", {"seed": 1}, {})
+    folder.claim()
+    shutil.copy(evaluated(tmp_path), folder.receipt)
+    assert not RunFolder(tmp_path / "run", {"seed": 1}, {}).finished
+
+
+def evaluated(tmp_path: Path) -> Path:
+    images, labels = fabricated.digits()
+    np.savez(tmp_path / "images.npz", images=images.permute(0, 2, 3, 1).numpy(), labels=labels.numpy())
+    words = ["eval", str(tmp_path / "images.npz"), "--data", "digits", "--out", str(tmp_path / "eval"), "--quiet"]
+    assert main(words) == 0
+    return tmp_path / "eval" / "receipt.json"
 
 
 def test_a_model_of_fewer_steps_than_the_receipts_bins_has_a_receipt(tmp_path: Path, tiny_run: Path) -> None:

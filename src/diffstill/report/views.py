@@ -142,12 +142,15 @@ def _cost_tiles(model: ModelEvaluation, teacher: ModelEvaluation | None) -> list
             ),
             Tile(words.si(model.cost.flops_image), "FLOPs an image", f"{model.cost.nfe} network evaluations"),
         ]
-    names = {"parameters": "fewer parameters", "FLOPs an image": "fewer FLOPs an image"}
+    names = {"parameters": "{} parameters", "FLOPs an image": "{} FLOPs an image"}
     made, rows = [], cost_rows(teacher.cost, model.cost)
     slowest = [row for row in rows if row[0].startswith("batch of")][-1:]
     for what, theirs, ours, write in [row for row in rows if row[0] in names] + slowest:
-        label = names.get(what, f"faster, {what}")
-        made.append(Tile(words.times(theirs, ours) or words.MISSING, label, f"{write(theirs)} \u2192 {write(ours)}"))
+        less = not (theirs and ours) or theirs >= ours
+        share = words.times(theirs, ours) if less else words.times(ours, theirs)
+        counted = names[what].format("fewer" if less else "more") if what in names else None
+        label = counted or f"{'faster' if less else 'slower'}, {what}"
+        made.append(Tile(share or words.MISSING, label, f"{write(theirs)} \u2192 {write(ours)}"))
     return made
 
 
