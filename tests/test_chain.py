@@ -43,7 +43,7 @@ CHAIN = {
             "rounds": [4, 2], "start": 16,
         },
     },
-    "baselines": [2, {"steps": 2, "spacing": "leading"}],
+    "baselines": [8, 2, {"steps": 2, "spacing": "leading"}],
     "evaluation": {"samples": 30, "pairs": 30, "steps": 5, "guidance": [1, 2], "latency_batches": [1]},
 }  # fmt: skip
 NAMES = ["teacher", "small", "dial", "steps-4", "steps-2", "steps-1", "jumps-4", "jumps-2"]
@@ -72,7 +72,9 @@ def folders(run: Path) -> dict[str, Path]:
 def test_every_stage_is_an_artefact_with_its_line(done: Path) -> None:
     run = done / "run"
     receipt, found = Receipt.load(run / "receipt.json"), folders(run)
-    assert list(receipt.models) == [*NAMES, "teacher@2", "teacher@2-leading"]
+    assert list(receipt.models) == [*NAMES, "teacher@8", "teacher@2", "teacher@2-leading"]
+    steps = {name: receipt.models[name].steps for name in ("teacher", "steps-4", "teacher@8")}
+    assert steps == {"teacher": 5, "steps-4": 4, "teacher@8": 8}, "5 of 8 steps would begin in the middle"
     assert receipt.kind == "chain"
     assert set(found) == set(NAMES)
     assert [t.name for t in receipt.training] == NAMES

@@ -16,9 +16,11 @@ from diffstill.checks.bench import tiny_denoiser
 from diffstill.diffusion.guidance import Constant
 from diffstill.diffusion.sampling import ddim_sample
 from diffstill.diffusion.schedule import NoiseSchedule, spaced_indices
-from diffstill.jobs.build import build_student
+from diffstill.jobs.build import Teacher, build_student
+from diffstill.jobs.finish import teacher_subjects
 from diffstill.models.adapters import unwrap
-from diffstill.recipe import MethodSpec, NetworkSpec
+from diffstill.models.denoiser import Denoiser
+from diffstill.recipe import EvaluationSpec, MethodSpec, NetworkSpec
 
 
 @pytest.mark.parametrize(("init", "known"), [("inherit", True), ("magnitude", True), ("fresh", False)])
@@ -37,6 +39,15 @@ def test_inherited_weights_are_asked_at_the_timesteps_they_know(init: str, known
     student.network.eval()
     with torch.no_grad():
         torch.testing.assert_close(student(x, t, labels), few(x, t, labels))
+
+
+def test_the_whole_teacher_beside_a_student_of_fewer_steps_begins_at_noise() -> None:
+    for length, steps in ((1000, 50), (128, 128)):
+        model = tiny_denoiser((8, 16), 0)
+        whole = Denoiser(model.network, NoiseSchedule.create("cosine", length), model.num_classes, model.sample_shape)
+        teacher = Teacher(whole.respaced(spaced_indices(length, 4, "trailing")), None, None, None)
+        found = teacher_subjects(teacher, EvaluationSpec(steps=4))
+        assert [(subject.role, subject.steps) for subject in found] == [("teacher", steps), ("strided-teacher", None)]
 
 
 def test_the_released_schedule_has_its_known_levels() -> None:

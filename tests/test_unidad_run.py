@@ -24,10 +24,12 @@ from diffstill.diffusion.guidance import Constant
 from diffstill.diffusion.sampling import noise_source
 from diffstill.diffusion.schedule import NoiseSchedule
 from diffstill.engine.log import read_log
+from diffstill.engine.runtime import Runtime
 from diffstill.errors import InputError
 from diffstill.evaluation.sampling import draw
 from diffstill.jobs.build import check_roles
 from diffstill.jobs.distill import blank_teacher, prepare_student
+from diffstill.jobs.plan import plan
 from diffstill.models.denoiser import Denoiser
 from diffstill.models.folder import load_model
 from diffstill.recipe import DistillRecipe, load_recipe
@@ -96,11 +98,22 @@ def test_ten_digits_make_a_two_step_generator_that_plain_diffusers_draws(teacher
 
 def test_eval_gives_the_teacher_its_own_steps_not_the_generators(teacher: Path, tmp_path: Path) -> None:
     """In the generator's one or two steps the teacher would return noise."""
-    assert main(["distill", recipe(teacher, tmp_path), "--out", str(tmp_path / "run"), "--quiet"]) == 0
-    words = ["eval", str(tmp_path / "run/model"), "--teacher", str(teacher), "samples=20", "pairs=20", "steps=10"]
-    assert main([*words, "--out", str(tmp_path / "eval"), "--quiet"]) == 0
-    found = Receipt.load(tmp_path / "eval" / "receipt.json").models
-    assert {name: model.steps for name, model in found.items()} == {"teacher": 10, "student": 2}
+    told = ["distill", recipe(teacher, tmp_path), "evaluation.steps=10", "--out", str(tmp_path / "run"), "--quiet"]
+    assert main(told) == 0
+    for asked, steps in ((["samples=20"], 10), (["steps=5"], 5)):  # the model's own protocol, and another
+        out = tmp_path / f"eval-{steps}"
+        words = ["eval", str(tmp_path / "run/model"), "--teacher", str(teacher), *asked, "--out", str(out), "--quiet"]
+        assert main(words) == 0
+        found = Receipt.load(out / "receipt.json").models
+        assert {name: model.steps for name, model in found.items()} == {"teacher": steps, "student": 2}
+
+
+def test_a_dry_run_counts_the_memory_of_all_networks() -> None:
+    """Student with its EMA, critic and target teacher, each with gradient and moments, and the source teacher."""
+    made = load_recipe("digits-unidad")
+    ((forecast, _),) = [found for name, found in plan(made, Runtime("cpu")).forecasts.items() if name == made.name]
+    one = 4 * forecast.parameters / 1e6
+    assert forecast.memory_mb > (5 + 4 + 4 + 1) * one
 
 
 @pytest.mark.parametrize(
