@@ -259,6 +259,19 @@ def test_stages_that_do_not_fit_are_refused_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("steps", "said"), [(5000, "steps 5000 must lie in 1..1000"), (0, "1 or more")])
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_baselines_that_cannot_be_are_refused_before_anything_is_written(
+    steps: int, said: str, more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = written(tmp_path, {**CHAIN, "baselines": [steps]})
+    assert main(["chain", recipe, "--out", str(tmp_path / "run"), *more, "--quiet"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("diffstill: baselines")
+    assert said in told
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_folder_that_holds_something_else_is_left_alone(
     done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

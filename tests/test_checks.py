@@ -304,3 +304,19 @@ def test_the_documented_example_trains_from_its_recipe(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_methods_restored")
 def test_the_documented_example_is_the_same_on_two_processes(tmp_path: Path) -> None:
     assert "losses within" in training.two_processes(Bench(find_method(f"{example(tmp_path)}:Huber")))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "    pass",
+        "    name = 'mine'\n    options_class = dict",
+        "    def __init__(self, *given):\n        raise RuntimeError('no')",
+    ],
+)
+def test_a_class_that_cannot_be_built_is_its_authors(tmp_path: Path, body: str) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(f"from diffstill.methods import Method\nclass Mine(Method):\n{body}\n")
+    with pytest.raises(InputError, match=r"^method: 'Mine' cannot be built; \w+Error: ") as caught:
+        run_check(f"{file}:Mine", quick=True)
+    assert "\n" not in str(caught.value)

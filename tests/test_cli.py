@@ -185,11 +185,50 @@ def test_arena_pairs_the_arms(
     assert again["sweep"] == b["sweep"]
 
 
+def test_generators_of_few_steps_are_arms_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Measured in all of their steps, whatever the protocol's number."""
+    command = ["arena", "digits-dash", *TINY, "arena.equal_seconds=false", "--methods", "dash,unidad", "--seeds", "1"]
+    assert main([*command, "--quiet", "--json", "--out", str(tmp_path / "a")]) == 0
+    steps = [arm["seeds"][0]["evaluation"]["steps"] for arm in json.loads(capsys.readouterr().out)["arms"]]
+    assert steps == [4, 3]
+
+
 def test_equal_seconds_gives_cheap_arms_more_images_and_dear_ones_none() -> None:
     seconds = {"dash": 90.0, "scratch": 30.0, "near": 82.0, "dear": 120.0, "odd": 43.0}
     images = dict.fromkeys([*seconds, "failed"], 6400)
     assert images_for_equal_seconds(seconds, images, "dash", 64) == {"scratch": 19200, "odd": 209 * 64}
     assert images_for_equal_seconds(seconds, images, "failed", 64) == {}, "a reference that diverged sets no budget"
+
+
+def test_dry_run_of_an_arena_counts_its_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    told = []
+    for seeds in ("1", "3"):
+        assert (
+            main(["arena", "digits-dash", *TINY, "--methods", "dash,conditional", "--seeds", seeds, "--dry-run"]) == 0
+        )
+        told.append(capsys.readouterr().out.splitlines()[-1])
+    assert "every arm from" not in told[0]
+    assert told[1].endswith("of training, every arm from 3 seeds; evaluation comes on top")
+
+
+def test_what_is_wrong_with_the_teachers_overrides_is_named_where_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["distill", "digits-dash", "teacher.overrides.training.imges=3", "--dry-run"]) == 2
+    assert capsys.readouterr().err.startswith("diffstill: teacher.overrides.training.imges: 3 is no known key")
+
+
+def test_a_teacher_of_other_noise_is_refused_before_anything_is_measured(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = ["train", "digits-teacher", "data.limit=100", "training.images=32", "training.batch_size=32"]
+    other += ["training.warmup_images=0", "evaluation.samples=20", "evaluation.pairs=20", "evaluation.steps=2"]
+    other += ["network.block_out_channels=[8, 8]", "network.norm_num_groups=4", "schedule.name=linear", "--quiet"]
+    assert main([*other, "--out", str(tmp_path / "linear")]) == 0
+    capsys.readouterr()
+    words = ["eval", str(tiny_run / "model"), "--teacher", str(tmp_path / "linear" / "model"), "samples=20"]
+    assert main([*words, "--out", str(tmp_path / "eval")]) == 2
+    told = capsys.readouterr().err
+    assert "student.schedule" in told
+    assert "evaluate" not in told
 
 
 def test_dry_run_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

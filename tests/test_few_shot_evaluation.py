@@ -248,7 +248,7 @@ def receipt(evaluator: Evaluator, tmp_path_factory: pytest.TempPathFactory) -> t
     for role, model in (("teacher", drawing(bars(60, 7, "x"))), ("student", drawing(SHOTS))):
         subject = Subject(role, model, "", None)
         models[role] = found = evaluator.evaluate(model, role)
-        found.images.update(draw_pictures(subject, found, DATA, folder, 5, few_shot=evaluator.few_shot))
+        found.images.update(draw_pictures(subject, found, DATA, folder, few_shot=evaluator.few_shot))
     made = Receipt(
         kind="eval", name="few", seed=0, environment=environment(), data=describe_data(DATA), models=models,
         protocol=evaluator.protocol, baselines=baselines_of(evaluator),

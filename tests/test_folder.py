@@ -26,6 +26,12 @@ from diffstill.models.lineage import Ancestor, DataRef, Lineage, recipe_sha256, 
 # ------------------------------------------------------------------------------------------------------ round trips
 
 
+def test_who_may_read_a_folder_may_read_its_weights(saved: Path) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in saved.rglob("*") if path.is_file()}
+    (saved.parent / "any").touch()
+    assert modes == {(saved.parent / "any").stat().st_mode & 0o777}
+
+
 def test_a_full_disk_is_a_failed_run_and_leaves_nothing_behind(tmp_path: Path) -> None:
     with largest_file(20_000), pytest.raises(RunFailed, match=r"^the model folder .*/model cannot be written: "):
         save(denoiser(), tmp_path / "model")

@@ -246,6 +246,11 @@ def test_a_signal_in_the_last_step_ends_what_comes_after_the_training(tmp_path: 
     again = DASH.trainer(tmp_path)
     again.run()
     assert again.images_seen == 48
+    saved_at_last = DASH.trainer(tmp_path / "late")
+    save = saved_at_last.save
+    saved_at_last.save = lambda: (os.kill(os.getpid(), signal.SIGTERM), save())[1]  # type: ignore[method-assign]
+    with pytest.raises(Interrupted, match="stopped by a signal at 48 images; saved"):
+        saved_at_last.run()
 
 
 # The collapse alarm

@@ -143,6 +143,8 @@ def test_the_protocol_says_all_that_must_be_equal(evaluator: Evaluator, extracto
     assert (protocol.reference, protocol.reference_sha256) == ("bars train, 90 images", DATA.train.fingerprint())
     assert (protocol.samples, protocol.steps, protocol.clip, protocol.seeds) == (60, 5, "recompute", [0])
     assert protocol.guidance == ["1", "2", "tag:1,4,5"]
+    settings = evaluator.settings
+    assert (protocol.pairs, protocol.neighbours, protocol.neighbour_points) == (settings.pairs, 3, 10_000)
     train, test = (FeatureStats.of(extract(extractor, part.images)) for part in (DATA.train, DATA.test))
     assert protocol.floor.value == pytest.approx(frechet_distance(test, train), rel=1e-3)
     test, train = (FeatureStats.of(part.images.flatten(1) / 255) for part in (DATA.test, DATA.train))

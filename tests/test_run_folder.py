@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import fabricated
@@ -68,7 +70,7 @@ def test_fresh_works_in_the_run_folder_itself_and_through_a_link(
     (run / "checkpoints" / "1").mkdir(parents=True)
     (tmp_path / "link").symlink_to(run)
     RunFolder(tmp_path / "link", {"seed": 2}, {"data": "a"}, fresh=True).claim()
-    assert sorted(entry.name for entry in run.iterdir()) == ["inputs.json", "recipe.yaml"]
+    assert sorted(entry.name for entry in run.iterdir()) == [".lock", "inputs.json", "recipe.yaml"]
     monkeypatch.chdir(run)
     RunFolder(Path("."), {"seed": 3}, {"data": "a"}, fresh=True).claim()
     assert "seed: 3" in (run / "recipe.yaml").read_text()
@@ -81,6 +83,24 @@ def test_an_evaluation_writes_into_no_run_finished_or_not(tmp_path: Path, mark: 
         check_out(tmp_path)
     with pytest.raises(InputError, match=r"^out: .* is a file; give a folder"):
         check_out(tmp_path / mark)
+
+
+def test_two_processes_do_not_share_a_run(tmp_path: Path) -> None:
+    """The second is refused while the first lives, and not afterwards."""
+    script = (
+        "import sys; from pathlib import Path; from diffstill.jobs.folder import RunFolder\n"
+        "folder = RunFolder(Path(sys.argv[1]), {'seed': 1}, {}); folder.claim(); print('claimed', flush=True); input()"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path / "run")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "claimed\n"
+        for fresh in (False, True):
+            with pytest.raises(InputError, match=r"^out: .* is in use by another process; wait for it, stop it, or"):
+                RunFolder(tmp_path / "run", {"seed": 1}, {}, fresh=fresh).claim()
+        assert (tmp_path / "run" / "recipe.yaml").exists()
+        first.communicate("\n")
+    RunFolder(tmp_path / "run", {"seed": 1}, {}).claim()
 
 
 TRAIN = [
@@ -142,5 +162,5 @@ def test_fresh_empties_a_run_and_other_inputs_are_refused(tmp_path: Path) -> Non
     with pytest.raises(InputError, match=r"other data or another teacher \(data: a -> b\)"):
         RunFolder(tmp_path, {"seed": 1}, {"data": "b"})
     RunFolder(tmp_path, {"seed": 1}, {"data": "b"}, fresh=True).claim()
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["inputs.json", "recipe.yaml"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "inputs.json", "recipe.yaml"]
     assert json.loads((tmp_path / "inputs.json").read_text()) == {"data": "b"}

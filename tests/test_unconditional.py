@@ -22,6 +22,7 @@ from diffstill.diffusion.schedule import NoiseSchedule
 from diffstill.engine.stream import BatchStream
 from diffstill.errors import InputError
 from diffstill.evaluation.sampling import sample_images
+from diffstill.jobs.opened import data_of
 from diffstill.methods import METHODS, Setting
 from diffstill.models.adapters import FAMILIES
 from diffstill.models.denoiser import Denoiser
@@ -356,3 +357,15 @@ def test_methods_of_one_branch_learn_from_it(run: Path, tmp_path: Path, name: st
     assert [point.guidance for point in student.sweep] == ["1"]
     assert student.fidelity is None
     assert not load_model(tmp_path / "run" / "model").guided
+
+
+def test_images_for_a_model_of_one_class_need_no_labels(tmp_path: Path) -> None:
+    """Whatever labels they have: the editing commands cannot be told to leave them out."""
+    save_model(
+        denoiser(), tmp_path / "model", lineage=Lineage.new("one", "supervised"), class_names=["all"], guided=False
+    )
+    shape = SHAPE[1:]
+    images = np.random.default_rng(0).integers(0, 256, (30, *shape, SHAPE[0]), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=images, labels=np.arange(30) % 3)
+    data, _ = data_of(load_model(tmp_path / "model"), f"npz:{tmp_path / 'images.npz'}")
+    assert data.num_classes == 1

@@ -231,7 +231,7 @@ def _arena(arguments: argparse.Namespace) -> int:
     arms = choose_arms(recipe, chosen)
     runtime, ui = _session(arguments, recipe.device)
     if arguments.dry_run:
-        planned = plan(recipe, runtime, arms)
+        planned = plan(recipe, runtime, arms, seeds=arguments.seeds)
         _print(arguments, planned.as_json(), planned.as_text())
         return 0
     out = arguments.out or Path("runs") / f"arena-{recipe.name}"

@@ -22,6 +22,14 @@ def sync_tree(folder: Path) -> None:
         sync(path)
 
 
+def share(folder: Path, like: Path) -> None:
+    """Gives every file in a folder the mode of one: libraries write some for their owner alone."""
+    mode = like.stat().st_mode & 0o777
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text atomically: a reader sees the old file or the new one, never half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)

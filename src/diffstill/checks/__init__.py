@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from ..methods import METHODS, Method
 from ..models.denoiser import Denoiser
 from ..models.folder import load_model
@@ -40,7 +41,13 @@ def check_method(
         InputError: an unknown method, options that do not fit, networks that do not go together.
     """
     found = find_method(method) if isinstance(method, str) else method
-    bench = Bench(found, options, teacher, student)
+    try:
+        bench = Bench(found, options, teacher, student)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a class that is being written may raise
+        said = f"{type(error).__name__}: {error}"
+        raise InputError("method", found.__name__, said, problem="cannot be built") from error
     rules: list[Check] = [
         ("options", partial(losses.options, bench)),
         ("modules", partial(losses.modules, bench)),

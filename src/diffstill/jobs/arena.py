@@ -237,11 +237,12 @@ class _Session:
                 teacher=teacher.denoiser if teacher else None,
                 guided=subject.guided,
                 cost=subject.role in self.timed and pictures,
+                steps=subject.own_steps,
                 progress=bar.update,
             )
         if self.runtime.is_main:
             if pictures:
-                found.images.update(draw_pictures(subject, found, self.data, self.path, self.recipe.evaluation.steps))
+                found.images.update(draw_pictures(subject, found, self.data, self.path))
             write_text(kept, found.model_dump_json(indent=1))
         self.runtime.barrier()
         return found

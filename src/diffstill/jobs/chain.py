@@ -43,9 +43,9 @@ from .finish import (
     held_evaluation,
     refresh_card,
 )
-from .folder import check_fresh, empty
+from .folder import Lock, check_fresh, empty
 from .stage import summarise
-from .stages import Stage, StageData, check_stages, digest, stages_of
+from .stages import Stage, StageData, check_baselines, check_stages, digest, stages_of
 from .train import Finished, train_teacher
 from .ui import Ui
 
@@ -117,7 +117,7 @@ class ChainFolder:
                 raise InputError("out", str(path), "use another --out", problem=problem)
             if fresh:
                 check_fresh(path, resolved(recipe))
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
             raise InputError("out", str(path), "choose an empty or new folder", problem="holds files that are no run")
 
     def _held(self, file: Path) -> dict[str, object]:
@@ -132,9 +132,11 @@ class ChainFolder:
         if not self._write:
             return
         try:
-            if self._fresh and self.path.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path)
+            if self._fresh:
                 empty(self.path)
-            (self.path / "stages").mkdir(parents=True, exist_ok=True)
+            (self.path / "stages").mkdir(exist_ok=True)
             text = yaml.safe_dump(resolved(self._recipe), sort_keys=False, allow_unicode=True)
             write_text(self.path / "recipe.yaml", text)
         except OSError as error:
@@ -158,7 +160,8 @@ def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
     """
     stages, stage_data = stages_of(recipe), StageData(recipe)
     data = stage_data.own
-    check_stages(stages, stage_data, runtime, recipe.evaluation.guidance)
+    blanks = check_stages(stages, stage_data, runtime, recipe.evaluation.guidance)
+    check_baselines(recipe, blanks[stages[0].name].model.denoiser)
     folder = ChainFolder(out, recipe, fresh=fresh, write=runtime.is_main)
     evaluator = evaluator_for(recipe.evaluation, data, runtime, out)
     folder.claim()
@@ -296,13 +299,7 @@ def _train(
 
 def _strided(first: Artefact, steps: int, spacing: Spacing) -> Artefact:
     """The first stage's model as it is, in few of its steps."""
-    if first.root.sampler != "ddim":
-        mend = "leave them out: the first stage's model is made for all its steps"
-        raise InputError("baselines", steps, mend, problem="cannot be measured")
-    try:
-        few = first.loaded.denoiser.respaced(spaced_indices(first.root.schedule.T, steps, spacing))
-    except ValueError as error:
-        raise InputError("baselines", steps, str(error)) from None
+    few = first.loaded.denoiser.respaced(spaced_indices(first.root.schedule.T, steps, spacing))
     name = f"{first.name}@{steps}" + ("" if spacing == "trailing" else f"-{spacing}")
     return replace(first, name=name, loaded=replace(first.loaded, denoiser=few), summary=None, warnings=())
 
@@ -351,9 +348,7 @@ def _measured(
         evaluation = evaluate_subjects([subject], evaluator, runtime, ui)[made.name]
         if runtime.is_main:
             drawn = replace(subject, role=file.stem)
-            evaluation.images.update(
-                draw_pictures(drawn, evaluation, data, folder.path, steps, few_shot=evaluator.few_shot)
-            )
+            evaluation.images.update(draw_pictures(drawn, evaluation, data, folder.path, few_shot=evaluator.few_shot))
             if made.summary is not None:
                 home, guidance = made.loaded.folder, folder.default_guidance
                 refresh_card(home, evaluation, folder.path, guidance, evaluator.protocol)

@@ -53,7 +53,11 @@ def teacher_recipe(recipe: DistillRecipe) -> TrainRecipe | None:
     """
     if recipe.teacher.recipe is None:
         return None
-    made = load_recipe(recipe.teacher.recipe, recipe.teacher.overrides)
+    try:
+        made = load_recipe(recipe.teacher.recipe, recipe.teacher.overrides)
+    except InputError as error:
+        inner = error.field in ("recipe", "extends")
+        raise error.renamed(f"teacher.{error.field}" if inner else f"teacher.overrides.{error.field}") from None
     if not isinstance(made, TrainRecipe):
         mend = "name a recipe of kind: train"
         raise InputError("teacher.recipe", recipe.teacher.recipe, mend, problem="trains no teacher")
@@ -237,7 +241,6 @@ def distill(
             folder.model,
             method.guided,
             against=teacher.denoiser,
-            steps=None if loaded.denoiser.sampler == "ddim" else loaded.denoiser.schedule.T,
         ),
         *(
             Subject(o.name, o.student, o.method.name, None, o.method.guided, against=teacher.denoiser)

@@ -12,9 +12,10 @@ import torch
 
 from ..data.sources import DataSpec, load_data
 from ..diffusion.guidance import GuidanceSchedule, parse_guidance
-from ..diffusion.sampling import ALL_STEPS, ClipMode, steps_mend, usual_steps
+from ..diffusion.sampling import ClipMode, steps_mend, usual_steps
 from ..engine.runtime import Runtime
 from ..errors import InputError, RunFailed
+from ..evaluation.guidance_fidelity import check_comparable
 from ..evaluation.samples import write_samples
 from ..evaluation.sampling import sample_images
 from ..models.denoiser import Denoiser
@@ -63,15 +64,15 @@ def default_steps(model: Denoiser) -> int:
     return usual_steps(model.schedule.T) if model.sampler == "ddim" else model.schedule.T
 
 
-def check_own_steps(model: LoadedModel, steps: int | None, field: str) -> None:
+def check_own_steps(model: Denoiser, steps: int | None, field: str) -> None:
     """Steps asked of a model that can be sampled in several numbers of them; the samplers check the others.
 
     Raises:
         InputError: none, more than it has, or a number that leaves its noisy end out.
     """
-    if steps is None or model.denoiser.sampler != "ddim":
+    if steps is None or model.sampler != "ddim":
         return
-    if mend := steps_mend(model.denoiser.schedule.T, steps):
+    if mend := steps_mend(model.schedule.T, steps):
         raise InputError(field, steps, mend)
 
 
@@ -108,7 +109,7 @@ def sample(
     """Draws images into one PNG grid (``out`` ends in .png), one array (``.npz``), or one PNG an image (a folder)."""
     model = load_model(source, runtime.device)
     scale = guidance_of(guidance, model)
-    check_own_steps(model, steps, "steps")
+    check_own_steps(model.denoiser, steps, "steps")
     wanted = parse_labels(labels, model.class_names)
     if count is not None and count < 1:
         raise InputError("n", count, "ask for one image or more")
@@ -173,7 +174,7 @@ def evaluate(
     data_spec = _data_spec(recipe, data, data_overrides)
     # A chain's protocol may be of more steps than a stage's model has.
     spec = spec or _in_own_steps(own_protocol(recipe), model)
-    check_own_steps(model, spec.steps, "evaluation.steps")
+    check_own_steps(model.denoiser, spec.steps, "evaluation.steps")
     check_out(out)
     splits = load_data(data_spec)
     check_data(splits, model.denoiser, "model")
@@ -181,14 +182,17 @@ def evaluate(
         check_scales(model.denoiser, spec.guidance, "evaluation.guidance")
     name = model.lineage.name if model.lineage else model.folder.name
     method = model.lineage.method if model.lineage else ""
-    all_steps = model.denoiser.schedule.T if model.denoiser.sampler in ALL_STEPS else None
-    subjects = [Subject("model", model.denoiser, method, model.folder, model.guided, steps=all_steps)]
+    subjects = [Subject("model", model.denoiser, method, model.folder, model.guided)]
     if teacher is not None:
         loaded = load_model(teacher, runtime.device)
         check_data(splits, loaded.denoiser)
         made = seen_through(as_teacher(loaded), model.denoiser)
         student = replace(subjects[0], role="student", against=made.denoiser)
         subjects = [*teacher_subjects(made, spec), student]
+        for subject in subjects[:-1]:
+            check_own_steps(subject.denoiser, subject.steps or spec.steps, "evaluation.steps")
+        if model.guided and student.denoiser.sampler not in ("encode", "renoise"):
+            check_comparable(student.denoiser, made.denoiser, splits.test if len(splits.test) else splits.train)
     evaluator = evaluator_for(spec, splits, runtime, out)
     models = evaluate_subjects(subjects, evaluator, runtime, ui)
     receipt = Receipt(
@@ -205,9 +209,8 @@ def evaluate(
     )
     if runtime.is_main:
         for subject in subjects:
-            steps_of = subject.steps or spec.steps
             found = models[subject.role]
-            found.images.update(draw_pictures(subject, found, splits, out, steps_of, few_shot=evaluator.few_shot))
+            found.images.update(draw_pictures(subject, found, splits, out, few_shot=evaluator.few_shot))
         draw_shots(receipt.baselines, splits, out)
         write_report(receipt, out, out / "report.html")
         receipt.save(out / "receipt.json")

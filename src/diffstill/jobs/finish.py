@@ -58,7 +58,12 @@ class Subject:
     against: Denoiser | None = None
     """The teacher that its guidance gap is compared with."""
     steps: int | None = None
-    """Sampling steps, where they are not the protocol's."""
+    """Sampling steps; None: the protocol's, or all of a model that takes all its steps."""
+
+    @property
+    def own_steps(self) -> int | None:
+        """Steps other than the protocol's."""
+        return self.denoiser.schedule.T if self.steps is None and self.denoiser.sampler != "ddim" else self.steps
 
 
 def teacher_subjects(teacher: Teacher, spec: EvaluationSpec) -> list[Subject]:
@@ -150,7 +155,7 @@ def evaluate_subjects(
                 subject.method,
                 teacher=subject.against,
                 guided=subject.guided,
-                steps=subject.steps,
+                steps=subject.own_steps,
                 cost=subject.folder is not None,
                 progress=bar.update,
             )
@@ -190,10 +195,7 @@ def finish_run(
     if runtime.is_main:
         for subject in subjects:
             evaluation = models[subject.role]
-            steps = subject.steps or recipe.evaluation.steps
-            evaluation.images.update(
-                draw_pictures(subject, evaluation, data, folder.path, steps, few_shot=evaluator.few_shot)
-            )
+            evaluation.images.update(draw_pictures(subject, evaluation, data, folder.path, few_shot=evaluator.few_shot))
             if subject.folder and subject.folder.parent == folder.path:
                 guidance = recipe.evaluation.default_guidance
                 refresh_card(subject.folder, evaluation, folder.path, guidance, evaluator.protocol)
@@ -224,12 +226,11 @@ def draw_pictures(
     evaluation: ModelEvaluation,
     data: DataSplits,
     run_dir: Path,
-    steps: int,
     *,
     few_shot: FewShotFigures | None = None,
 ) -> dict[str, str]:
-    """Grids from the same noise for every model: one at the model's best scale, one a sweep point; of few-shot data
-    also samples with their nearest shots."""
+    """Grids from the same noise for every model, in the steps it was measured in: one at its best scale, one a sweep
+    point; of few-shot data also samples with their nearest shots."""
     if subject.denoiser.sampler == "encode":
         return _draw_encoding(subject, data, run_dir)
     images: dict[str, str] = {}
@@ -241,7 +242,7 @@ def draw_pictures(
             subject.denoiser,
             len(labels),
             guidance=parse_guidance(guidance),
-            steps=steps,
+            steps=evaluation.steps or subject.denoiser.schedule.T,
             seed=GRID_SEED,
             labels=labels,
             guided=subject.guided,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,11 @@ from ..disk import write_text
 from ..errors import InputError, RunFailed
 from ..recipe import differences
 from ..report.receipt import Receipt
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 MADE = ("log.jsonl", "checkpoints", "model", "teacher", "stages", "models", "samples", "pictures", "evaluations",
         "receipt.json", "report.html", "arena.json", "recipe.yaml", "inputs.json")  # fmt: skip
@@ -64,10 +70,28 @@ def empty(path: Path) -> None:
     """Removes what a run made; the folder itself stays, which may be a link or the one that we are in."""
     entries = sorted(path.iterdir(), key=lambda entry: MADE.index(entry.name) if entry.name in MADE else -1)
     for entry in entries:
+        if entry.name == ".lock":
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:
             entry.unlink()
+
+
+class Lock:
+    """What keeps a second process out of a run folder; gone with this one, however it ends. Where the file system has
+    no locks there is none."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = (path / ".lock").open("a")
+        if fcntl is None:
+            return
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                mend = "wait for it, stop it, or use another --out"
+                raise InputError("out", str(path), mend, problem="is in use by another process") from None
 
 
 class RunFolder:
@@ -108,7 +132,7 @@ class RunFolder:
             else:
                 self._same(file, recipe, "a different recipe")
                 self._same(path / "inputs.json", inputs, "other data or another teacher")
-        elif path.exists() and any(path.iterdir()):
+        elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
             raise InputError("out", str(path), "choose an empty or new folder", problem="holds files that are no run")
 
     @property
@@ -121,9 +145,10 @@ class RunFolder:
         if not self._write:
             return
         try:
-            if self._fresh and self.path.exists():
-                empty(self.path)
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path)
+            if self._fresh:
+                empty(self.path)
             for name, text in self._texts.items():
                 if not (self.path / name).exists():
                     write_text(self.path / name, text)

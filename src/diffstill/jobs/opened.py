@@ -167,7 +167,7 @@ def drawer(
         if steps not in (None, T):
             raise InputError(steps_field, steps, f"use {T}, or leave it out: an encoder takes all its steps")
         return Drawer(model, scale, T, clip)
-    check_own_steps(model, steps, steps_field)
+    check_own_steps(model.denoiser, steps, steps_field)
     return Drawer(model, scale, usual_steps(T) if steps is None else steps, clip)
 
 
@@ -223,6 +223,8 @@ def data_of(model: LoadedModel, asked: str | None) -> tuple[DataSplits, Evaluati
     if asked is None and not recipe:
         raise InputError("data", None, "name it with --data, e.g. --data digits", problem="is not known from the model")
     spec = DataSpec.parse(asked) if asked is not None else section_of(DataSpec, recipe.get("data", {}), "data")
+    if asked is not None and model.denoiser.unconditional:  # it has no use for labels
+        spec = spec.model_copy(update={"unlabelled": True})
     data = load_data(spec)
     check_data(data, model.denoiser, "model")
     return data, own_protocol(recipe)

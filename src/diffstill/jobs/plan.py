@@ -18,7 +18,7 @@ from ..recipe import AnyRecipe, ArmSpec, ChainRecipe, DistillRecipe, EvaluationS
 from ..report.words import seconds as duration
 from .build import build_arm, build_denoiser, build_method, check_run
 from .distill import blank_teacher, prepare_student, teacher_recipe
-from .stages import StageData, check_stages, stages_of
+from .stages import StageData, check_baselines, check_stages, stages_of
 from .subject import prepare
 
 
@@ -29,6 +29,9 @@ class Plan:
     recipe: AnyRecipe
     forecasts: dict[str, tuple[TrainingForecast, int]]
     """Stage -> (forecast, images)."""
+    seeds: int = 1
+    """How often an arena trains its arms."""
+    arms: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         stages = {
@@ -53,8 +56,12 @@ class Plan:
                 f"{duration(_seconds(forecast, images))} for {images:,}",
             ]
         if len(self.forecasts) > 1:
-            total = sum(_seconds(forecast, images) for forecast, images in self.forecasts.values())
-            lines.append(f"  all together: {duration(total)} of training; evaluation comes on top")
+            total = sum(
+                _seconds(forecast, images) * (self.seeds if name in self.arms else 1)
+                for name, (forecast, images) in self.forecasts.items()
+            )
+            times = f", every arm from {self.seeds} seeds" if self.seeds > 1 else ""
+            lines.append(f"  all together: {duration(total)} of training{times}; evaluation comes on top")
         return "\n".join(lines)
 
 
@@ -69,11 +76,12 @@ def _seconds(forecast: TrainingForecast, images: int) -> float:
     return forecast.seconds_per_1000_images * images / 1000
 
 
-def plan(recipe: AnyRecipe, runtime: Runtime, arms: Mapping[str, ArmSpec] | None = None) -> Plan:
+def plan(recipe: AnyRecipe, runtime: Runtime, arms: Mapping[str, ArmSpec] | None = None, *, seeds: int = 1) -> Plan:
     """What a run would refuse of recipe, data and networks is refused here too; the rest is forecast on its device.
 
     Args:
         arms: of an arena; each is forecast by itself.
+        seeds: how often the arena trains them.
     """
     if isinstance(recipe, ChainRecipe):
         return Plan(recipe, _plan_chain(recipe, runtime))
@@ -103,7 +111,7 @@ def plan(recipe: AnyRecipe, runtime: Runtime, arms: Mapping[str, ArmSpec] | None
     for name, spec in (recipe.beside if arms is None else arms).items():
         method = build_arm(recipe, spec, teacher, recipe.seed)
         forecasts[name] = (_forecast(method, teacher.denoiser, settings, runtime), settings.images)
-    return Plan(recipe, forecasts)
+    return Plan(recipe, forecasts, seeds, tuple(arms or ()))
 
 
 def _check_protocol(spec: EvaluationSpec, data: DataSplits) -> None:
@@ -119,6 +127,7 @@ def _plan_chain(recipe: ChainRecipe, runtime: Runtime) -> dict[str, tuple[Traini
     data = StageData(recipe)
     _check_protocol(recipe.evaluation, data.own)
     blanks = check_stages(stages, data, runtime)
+    check_baselines(recipe, blanks[stages[0].name].model.denoiser)
     found = {}
     for stage in stages:
         method = blanks[stage.name].method

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..data.sources import DataSplits, load_data
+from ..diffusion.schedule import spaced_indices
 from ..engine.runtime import Runtime
 from ..errors import InputError
 from ..methods import METHODS, Method, Setting
+from ..models.denoiser import Denoiser
 from ..recipe import AnyRecipe, ChainRecipe, DistillRecipe, StageSpec, TrainRecipe, load_recipe, parse_recipe, resolved
 from .build import (
     Teacher,
@@ -200,6 +202,22 @@ def check_stages(
         except InputError as error:
             raise InputError.about(f"stages.{stage.name}", str(error)) from None
     return found
+
+
+def check_baselines(recipe: ChainRecipe, first: Denoiser) -> None:
+    """The first stage's model must have the steps that it is to be shown in.
+
+    Raises:
+        InputError: for the first baseline that it has not.
+    """
+    for baseline in recipe.baselines:
+        if first.sampler != "ddim":
+            mend = "leave them out: the first stage's model is made for all its steps"
+            raise InputError("baselines", baseline.steps, mend, problem="cannot be measured")
+        try:
+            spaced_indices(first.schedule.T, baseline.steps, baseline.spacing)
+        except ValueError as error:
+            raise InputError("baselines", baseline.steps, str(error)) from None
 
 
 def _blank(

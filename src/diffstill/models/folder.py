@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import __version__
 from ..diffusion.guidance import parse_guidance
 from ..diffusion.schedule import NoiseSchedule
-from ..disk import sync, sync_tree
+from ..disk import share, sync, sync_tree
 from ..errors import InputError, RunFailed
 from ..pipelines import component_source, travelling_source
 from .adapters import Family, family_of, unwrap
@@ -98,6 +98,7 @@ def save_model(
             meta = {**(curriculum_meta or {}), **_schedule_meta(denoiser.schedule)}
             save_file(tensors, beside / "curriculum.safetensors", metadata=meta)
         write_card(beside, figures=figures, grid=card_images)
+        share(beside, beside / "lineage.json")
         sync_tree(beside)
         swap(beside, final)
     except (OSError, SafetensorError) as error:
