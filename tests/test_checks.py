@@ -99,12 +99,19 @@ def test_the_sound_one_breaks_none_of_them(rule: Callable[[Bench], str]) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["conditional", "dash", "encoder", "fitnets", "guided", "progressive", "supervised", "unidad"]
+    "name", ["conditional", "dash", "encoder", "fitnets", "guided", "progressive", "sfddm", "supervised", "unidad"]
 )
 def test_our_methods_conform(name: str) -> None:
     report = check_method(name, quick=True)
     assert report.ok, str(report)
     assert report["resume with dropout"].detail.endswith("bit-identical")
+
+
+def test_a_copy_told_the_teachers_timesteps_is_the_teacher_and_one_told_its_own_steps_is_not() -> None:
+    told = losses.copy_of_teacher(Bench(METHODS["sfddm"], {"time_index": "teacher"}))
+    assert told == "output = 0, null = 0, feature = 0, null_feature = 0"
+    with pytest.raises(NotApplicable):
+        losses.copy_of_teacher(Bench(METHODS["sfddm"]))
 
 
 @pytest.mark.slow

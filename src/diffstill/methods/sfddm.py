@@ -77,7 +77,9 @@ class Sfddm(Method):
         self.guided = self.trains_null = bool(o.null_weight)
         parts = [] if o.target == "trajectory" else ["output", *(["null"] if o.null_weight else [])]
         parts += (["feature", *(["null_feature"] if o.null_weight else [])]) if features else []
-        self.copy_parts = dict.fromkeys(parts, 0.0)
+        # Told its own steps, a network with the teacher's weights is not the teacher.
+        same_times = o.time_index == "teacher" or self.teacher.time_index is None
+        self.copy_parts = dict.fromkeys(parts, 0.0) if same_times else {}
         if features:
             self._bridge_widths()
 
