@@ -180,7 +180,9 @@ def test_arena_pairs_the_arms(
     # An evaluation whose file was cut off is done again.
     kept = tmp_path / "b" / "evaluations" / "seed-0-conditional.json"
     kept.write_text(kept.read_text()[:100])
-    assert main([*single, "--out", str(tmp_path / "b")]) == 0
+    # The recipe that lies in the folder names the arms that were trained.
+    own = ["arena", str(tmp_path / "b" / "recipe.yaml"), "--seeds", "1", "--quiet", "--json"]
+    assert main([*own, "--out", str(tmp_path / "b")]) == 0
     again = json.loads(capsys.readouterr().out)["arms"][0]["seeds"][0]["evaluation"]
     assert again["sweep"] == b["sweep"]
 

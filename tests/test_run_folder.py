@@ -11,6 +11,7 @@ from pathlib import Path
 import fabricated
 import numpy as np
 import pytest
+import yaml
 from pictures import class_folders
 from tiny import TINY
 
@@ -60,6 +61,49 @@ def test_fresh_keeps_what_no_run_made_and_what_the_recipe_reads(
         with pytest.raises(InputError, match=r"holds .*run/model, which the recipe reads, and --fresh would lose it"):
             RunFolder(run, {"teacher": {"model": source}}, {}, fresh=True)
     assert (run / "model").is_dir()
+
+
+def test_where_the_inputs_lie_makes_no_other_run(tmp_path: Path) -> None:
+    def recipe(root: str) -> dict[str, object]:
+        data = {"source": f"npz:{root}/train.npz", "test": f"npz:{root}/test.npz", "size": 8}
+        return {
+            "data": data,
+            "teacher": {"model": f"{root}/teacher", "recipe": f"{root}/it.yaml"},
+            "roles": {"target": f"{root}/target"},
+        }
+
+    inputs = {"data": "a", "teacher": {"weights": "b"}, "roles": {"target": "c"}}
+    RunFolder(tmp_path / "run", recipe("old"), inputs).claim()
+    RunFolder(tmp_path / "run", recipe("/new"), inputs).claim()
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text()) == recipe("/new")
+    with pytest.raises(InputError, match=r"other data or another teacher \(data: a -> other\)"):
+        RunFolder(tmp_path / "run", recipe("/new"), {**inputs, "data": "other"})
+    other = recipe("/new") | {"data": {"source": "npz:/new/train.npz", "size": 16}}
+    with pytest.raises(InputError, match=r"a different recipe \(data\.size: 8 -> 16\)"):
+        RunFolder(tmp_path / "run", other, inputs)
+
+
+def test_a_run_goes_on_when_its_data_has_moved(
+    tmp_path: Path, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The teacher is trained on data of its own, the student on others; both move."""
+    class_folders(tmp_path / "old" / "own", {"cat": 30, "dog": 30}, side=8)
+    class_folders(tmp_path / "old" / "few", {"cat": 20, "dog": 20}, side=8)
+    (tmp_path / "teacher.yaml").write_text(
+        f"extends: digits-teacher\ndata: {{source: 'folder:{tmp_path}/old/own', channels: 1}}\n"
+    )
+    words = [part for part in TINY if not part.startswith("data.")]
+    words += [f"teacher.recipe={tmp_path / 'teacher.yaml'}", "teacher.data=own", "data.channels=1"]
+    command = ["distill", "digits-dash", *words, "--out", str(tmp_path / "run"), "--quiet"]
+    assert main([*command, f"data.source=folder:{tmp_path}/old/few"]) == 0
+    made = (tmp_path / "run" / "receipt.json").read_bytes()
+    (tmp_path / "old").rename(tmp_path / "new")
+    (tmp_path / "teacher.yaml").write_text((tmp_path / "teacher.yaml").read_text().replace("/old/", "/new/"))
+    assert main([*command, f"data.source=folder:{tmp_path}/new/few"]) == 0
+    assert (tmp_path / "run" / "receipt.json").read_bytes() == made
+    next((tmp_path / "new" / "own" / "cat").iterdir()).unlink()
+    assert main([*command, f"data.source=folder:{tmp_path}/new/few"]) == 2
+    assert "other data or another teacher (teacher.data: " in capsys.readouterr().err
 
 
 def test_fresh_works_in_the_run_folder_itself_and_through_a_link(

@@ -81,7 +81,7 @@ def arena(
     for spec in arms.values():
         check_data(data, blank.denoiser)
         build_arm(recipe, spec, blank, recipe.seed)
-    identity = {**resolved(recipe), "arms": sorted(arms)}
+    identity = resolved(recipe.model_copy(update={"arena": recipe.arena.model_copy(update={"arms": arms})}))
     folder = RunFolder(out, identity, inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)
     evaluator = evaluator_for(recipe.evaluation, data, runtime, out)
     folder.claim()

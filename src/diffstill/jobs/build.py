@@ -47,6 +47,8 @@ class Teacher:
     name: str = "teacher"
     guided: bool = True
     """False for one without a live null branch."""
+    trained_on: str | None = None
+    """Of one that is still to be trained: the fingerprint of its data."""
 
 
 @contextmanager

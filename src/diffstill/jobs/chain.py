@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from pydantic import BaseModel
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from ..diffusion.sampling import usual_steps
 from ..diffusion.schedule import Spacing, spaced_indices
 from ..disk import write_text
 from ..engine.runtime import Runtime
-from ..errors import InputError, RunFailed
+from ..errors import InputError
 from ..evaluation.cost import device_name
 from ..evaluation.protocol import Evaluator
 from ..evaluation.results import ModelEvaluation
@@ -43,7 +42,7 @@ from .finish import (
     held_evaluation,
     refresh_card,
 )
-from .folder import Lock, check_fresh, empty
+from .folder import Home
 from .stage import summarise
 from .stages import Stage, StageData, check_baselines, check_stages, digest, stages_of
 from .train import Finished, train_teacher
@@ -93,59 +92,31 @@ class Artefact:
     warnings: tuple[str, ...] = ()
 
 
-class ChainFolder:
+class ChainFolder(Home):
     """``recipe.yaml``, ``stages/<name>-<hash>/``, ``receipt.json``, ``report.html``.
 
     A stage's folder is named after the hash of its inputs, so that a changed recipe finds what it can still use, and
-    nothing that an earlier one made is overwritten.
-
-    Raises:
-        InputError: where the folder holds something else. Nothing is written before ``claim``.
+    nothing that an earlier one made is overwritten. It belongs to the chain of one name.
     """
 
+    marks = ("recipe.yaml", "stages")
+
     def __init__(self, path: Path, recipe: ChainRecipe, *, fresh: bool, write: bool) -> None:
-        self.path, self._recipe, self._fresh, self._write = path, recipe, fresh, write
-        file = path / "recipe.yaml"
-        if not write:
-            return
-        if path.exists() and not path.is_dir():
-            raise InputError("out", str(path), "give a folder", problem="is a file")
-        if file.exists() and (path / "stages").is_dir():
-            held = self._held(file)
-            if (held.get("kind"), held.get("name")) != ("chain", recipe.name):
-                problem = f"holds another run ({held.get('name')})"
-                raise InputError("out", str(path), "use another --out", problem=problem)
-            if fresh:
-                check_fresh(path, resolved(recipe))
-        elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
-            raise InputError("out", str(path), "choose an empty or new folder", problem="holds files that are no run")
+        self._chain = recipe
+        super().__init__(path, resolved(recipe), fresh=fresh, write=write)
 
-    def _held(self, file: Path) -> dict[str, object]:
-        try:
-            held = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
-            raise InputError("out", str(self.path), "use another --out", problem=f"cannot be read ({error})") from None
-        return held if isinstance(held, dict) else {}
+    def _check_owner(self) -> None:
+        held = self._held("recipe.yaml")
+        if (held.get("kind"), held.get("name")) != ("chain", self._chain.name):
+            raise self._is_another(f"another run ({held.get('name')})")
 
-    def claim(self) -> None:
-        """Makes the folder this chain's; with ``fresh``, empties it first."""
-        if not self._write:
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self.path)
-            if self._fresh:
-                empty(self.path)
-            (self.path / "stages").mkdir(exist_ok=True)
-            text = yaml.safe_dump(resolved(self._recipe), sort_keys=False, allow_unicode=True)
-            write_text(self.path / "recipe.yaml", text)
-        except OSError as error:
-            raise RunFailed(f"cannot write to {self.path}: {error}") from error
+    def _write_marks(self) -> None:
+        (self.path / "stages").mkdir(exist_ok=True)
 
     @property
     def default_guidance(self) -> str | None:
         """What the recipe wants the pipelines' own scale to be; None: each one's best."""
-        return self._recipe.evaluation.default_guidance
+        return self._chain.evaluation.default_guidance
 
     def stage(self, name: str, sha256: str) -> Path:
         return self.path / "stages" / f"{name}-{sha256[:8]}"

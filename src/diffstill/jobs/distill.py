@@ -15,7 +15,7 @@ from ..methods import METHODS, Method, Setting
 from ..models.denoiser import Denoiser
 from ..models.folder import load_model
 from ..models.lineage import weights_sha256
-from ..recipe import DistillRecipe, TrainRecipe, load_recipe, resolved
+from ..recipe import DistillRecipe, TrainRecipe, load_recipe, resolved, without_places
 from ..report.receipt import Receipt, TrainingSummary
 from .build import (
     Teacher,
@@ -88,13 +88,17 @@ def blank_teacher(recipe: DistillRecipe, data: DataSplits) -> Teacher:
         "teacher.network",
     )
     method = build_method(upstream.method, Setting(denoiser))
-    return respaced(Teacher(denoiser, method.curriculum, None, None, guided=method.guided), recipe.respace)
+    teacher = Teacher(denoiser, method.curriculum, None, None, guided=method.guided, trained_on=own.fingerprint())
+    return respaced(teacher, recipe.respace)
 
 
 def inputs_of(recipe: DistillRecipe, data: DataSplits, teacher: Teacher) -> dict[str, Any]:
     """What the recipe only names, for the run folder's identity: the data, and the teacher's recipe or weights."""
     upstream = teacher_recipe(recipe)
-    named = {"recipe": resolved(upstream)} if upstream else {"weights": weights_sha256(teacher.denoiser.network)}
+    if upstream:
+        named: dict[str, Any] = {"recipe": without_places(resolved(upstream)), "data": teacher.trained_on}
+    else:
+        named = {"weights": weights_sha256(teacher.denoiser.network)}
     roles = {role: weights_sha256(model.network) for role, model in open_roles(recipe.roles).items()}
     return {"data": data.fingerprint(), "teacher": named} | ({"roles": roles} if roles else {})
 

@@ -7,13 +7,13 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
 from ..disk import write_text
 from ..errors import InputError, RunFailed
-from ..recipe import differences
+from ..recipe import differences, without_places
 from ..report.receipt import Receipt
 
 try:
@@ -94,18 +94,87 @@ class Lock:
                 raise InputError("out", str(path), mend, problem="is in use by another process") from None
 
 
-class RunFolder:
-    """``recipe.yaml``, ``log.jsonl``, ``checkpoints/``, ``model/``, ``receipt.json``, ``report.html``.
+class Home:
+    """A folder that one recipe owns: refused where it holds something else, nothing written before ``claim``.
 
     Args:
+        recipe: as resolved.
         fresh: throw away what an earlier run left here.
         write: False on all processes but the first, which alone looks at the folder.
+
+    Raises:
+        InputError: a folder of another recipe, or with other files.
+    """
+
+    marks: ClassVar[tuple[str, ...]]
+    """What a folder of this kind has in any case."""
+
+    def __init__(self, path: Path, recipe: Mapping[str, Any], *, fresh: bool, write: bool) -> None:
+        self.path, self._recipe, self._fresh, self._write = path, recipe, fresh, write
+        if not write:
+            return
+        if path.exists() and not path.is_dir():
+            raise InputError("out", str(path), "give a folder", problem="is a file")
+        if all((path / mark).exists() for mark in self.marks):
+            if fresh:
+                check_fresh(path, recipe)
+            else:
+                self._check_owner()
+        elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
+            raise InputError("out", str(path), "choose an empty or new folder", problem="holds files that are no run")
+
+    def claim(self) -> None:
+        """Makes the folder this recipe's; with ``fresh``, empties it first.
+
+        Raises:
+            InputError: another process is at work in it.
+            RunFailed: it cannot be written to.
+        """
+        if not self._write:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(self.path)
+            if self._fresh:
+                empty(self.path)
+            text = yaml.safe_dump(dict(self._recipe), sort_keys=False, allow_unicode=True)
+            write_text(self.path / "recipe.yaml", text)
+            self._write_marks()
+        except OSError as error:
+            raise RunFailed(f"cannot write to {self.path}: {error}") from error
+
+    def _check_owner(self) -> None:
+        raise NotImplementedError
+
+    def _write_marks(self) -> None:
+        raise NotImplementedError
+
+    def _held(self, name: str) -> dict[str, Any]:
+        try:
+            text = (self.path / name).read_text(encoding="utf-8")
+            held = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+        except (OSError, yaml.YAMLError, ValueError) as error:
+            raise InputError("out", str(self.path), "use --fresh", problem=f"has a broken {name} ({error})") from None
+        return held if isinstance(held, dict) else {}
+
+    def _is_another(self, run: str) -> InputError:
+        mend = "use another --out, or --fresh to start over"
+        return InputError("out", str(self.path), mend, problem=f"holds {run}")
+
+
+class RunFolder(Home):
+    """``recipe.yaml``, ``inputs.json``, ``log.jsonl``, ``checkpoints/``, ``model/``, ``receipt.json``, ``report.html``.
+
+    Args:
         inputs: what the recipe only names: the fingerprint of the data, the teacher's recipe or hash (``inputs.json``).
+            Where these lie, or how their path is spelt, makes no other run.
 
     Raises:
         InputError: where the folder holds a run of another recipe or other inputs (what differs is named), or other
-            files. Nothing is written before ``claim``.
+            files.
     """
+
+    marks = ("recipe.yaml", "inputs.json")
 
     def __init__(
         self,
@@ -116,62 +185,27 @@ class RunFolder:
         fresh: bool = False,
         write: bool = True,
     ) -> None:
-        self.path, self._fresh, self._write = path, fresh, write
-        self._texts = {
-            "recipe.yaml": yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True),
-            "inputs.json": json.dumps(inputs, indent=1) + "\n",
-        }
-        if not write:
-            return
-        file = path / "recipe.yaml"
-        if path.exists() and not path.is_dir():
-            raise InputError("out", str(path), "give a folder", problem="is a file")
-        if file.exists() and (path / "inputs.json").exists():
-            if fresh:
-                check_fresh(path, recipe)
-            else:
-                self._same(file, recipe, "a different recipe")
-                self._same(path / "inputs.json", inputs, "other data or another teacher")
-        elif path.exists() and any(entry.name != ".lock" for entry in path.iterdir()):
-            raise InputError("out", str(path), "choose an empty or new folder", problem="holds files that are no run")
+        self._inputs = json.loads(json.dumps(inputs))
+        super().__init__(path, recipe, fresh=fresh, write=write)
+
+    def _check_owner(self) -> None:
+        held = self._held("recipe.yaml")
+        self._same(without_places(held), without_places(self._recipe), "a different recipe")
+        self._same(self._held("inputs.json"), self._inputs, "other data or another teacher")
+
+    def _same(self, held: Mapping[str, Any], wanted: Mapping[str, Any], what: str) -> None:
+        changed = differences(held, wanted)
+        if changed:
+            shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+            raise self._is_another(f"a run of {what} ({shown})")
+
+    def _write_marks(self) -> None:
+        write_text(self.path / "inputs.json", json.dumps(self._inputs, indent=1) + "\n")
 
     @property
     def finished(self) -> bool:
         """Whether an earlier call did it all (and is not to be thrown away)."""
         return self.receipt.exists() and not self._fresh and Receipt.load(self.receipt).kind != "eval"
-
-    def claim(self) -> None:
-        """Makes the folder this run's; with ``fresh``, empties it first (only a folder that is known to be a run)."""
-        if not self._write:
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = Lock(self.path)
-            if self._fresh:
-                empty(self.path)
-            for name, text in self._texts.items():
-                if not (self.path / name).exists():
-                    write_text(self.path / name, text)
-        except OSError as error:
-            raise RunFailed(f"cannot write to {self.path}: {error}") from error
-
-    def _same(self, file: Path, wanted: Mapping[str, Any], what: str) -> None:
-        try:
-            text = file.read_text(encoding="utf-8")
-            old = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-        except (OSError, yaml.YAMLError, ValueError) as error:
-            raise InputError(
-                "out", str(self.path), "use --fresh", problem=f"has a broken {file.name} ({error})"
-            ) from None
-        changed = differences(old if isinstance(old, dict) else {}, json.loads(json.dumps(wanted)))
-        if changed:
-            shown = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
-            raise InputError(
-                "out",
-                str(self.path),
-                "use another --out, or --fresh to start over",
-                problem=f"holds a run of {what} ({shown})",
-            )
 
     @property
     def model(self) -> Path:

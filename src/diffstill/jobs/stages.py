@@ -15,7 +15,17 @@ from ..engine.runtime import Runtime
 from ..errors import InputError
 from ..methods import METHODS, Method, Setting
 from ..models.denoiser import Denoiser
-from ..recipe import AnyRecipe, ChainRecipe, DistillRecipe, StageSpec, TrainRecipe, load_recipe, parse_recipe, resolved
+from ..recipe import (
+    AnyRecipe,
+    ChainRecipe,
+    DistillRecipe,
+    StageSpec,
+    TrainRecipe,
+    load_recipe,
+    parse_recipe,
+    resolved,
+    without_places,
+)
 from .build import (
     Teacher,
     build_denoiser,
@@ -54,7 +64,8 @@ class Stage:
             roles: role -> hash of the weights that it starts from.
         """
         assert self.recipe is not None
-        kept = {key: value for key, value in resolved(self.recipe).items() if key not in UNHASHED}
+        whole = without_places(resolved(self.recipe))
+        kept = {key: value for key, value in whole.items() if key not in UNHASHED}
         started = {"roles": dict(roles)} if roles else {}
         return {"recipe": kept, "data": data.fingerprint(), "teacher": teacher_sha256} | started
 

@@ -11,6 +11,7 @@ from .loading import (
     resolved,
     section_of,
     to_yaml,
+    without_places,
 )
 from .named import AS_TEACHER, MethodSpec, NetworkSpec
 from .schema import (
@@ -51,4 +52,5 @@ __all__ = [
     "resolved",
     "section_of",
     "to_yaml",
+    "without_places",
 ]

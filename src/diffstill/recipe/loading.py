@@ -125,6 +125,23 @@ def resolved(recipe: BaseModel) -> dict[str, Any]:
     return recipe.model_dump(mode="json")
 
 
+PLACES = {
+    "data": ("source", "train", "test"),
+    "teacher": ("model", "pipeline", "recipe", "overrides"),
+    "roles": (),
+}
+"""Where a recipe says things are, which a run folder knows by their contents: keys of a section, or a whole one."""
+
+
+def without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved recipe without what depends on where its inputs lie, or on how their path is spelt."""
+    kept = {key: value for key, value in recipe.items() if PLACES.get(key) != ()}
+    for section, keys in PLACES.items():
+        if isinstance(kept.get(section), Mapping):
+            kept[section] = {key: value for key, value in kept[section].items() if key not in keys}
+    return kept
+
+
 def to_yaml(recipe: BaseModel) -> str:
     return yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True)
 
