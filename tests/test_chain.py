@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from pictures import class_folders
 from processes import Nursery, until
 
 from diffstill.cli import main
 from diffstill.diffusion.schedule import spaced_indices
 from diffstill.engine.log import read_log
 from diffstill.errors import InputError
-from diffstill.jobs.stages import stages_of
+from diffstill.jobs.stages import StageData, digest, stages_of
 from diffstill.models.folder import load_model
 from diffstill.models.lineage import weights_sha256
 from diffstill.recipe import ChainRecipe, load_recipe
@@ -280,10 +281,28 @@ def test_a_folder_that_holds_something_else_is_left_alone(
     assert main(["chain", written(tmp_path), "--out", str(tmp_path / "mine"), "--quiet", "--fresh"]) == 2
     assert (tmp_path / "mine" / "notes.txt").read_text() == "keep"
     other = {**CHAIN, "name": "another"}
-    assert main(["chain", written(tmp_path, other), "--out", str(done / "run"), "--quiet", "--fresh"]) == 2
-    assert "holds another run (tiny-chain)" in capsys.readouterr().err
+    assert main(["chain", written(tmp_path, other), "--out", str(done / "run"), "--quiet"]) == 2
+    assert "holds another run (tiny-chain); use another --out, or --fresh to start over\n" in capsys.readouterr().err
     assert main(["distill", written(tmp_path), "--quiet"]) == 2
     assert "run: diffstill chain tiny-chain" in capsys.readouterr().err
+
+
+def test_moved_data_change_no_stage(tmp_path: Path) -> None:
+    """Its name counts the data by their fingerprint, not by their place."""
+    class_folders(tmp_path / "old", {"cat": 30, "dog": 30}, side=8)
+
+    def names(place: str) -> list[str]:
+        source = {"source": f"folder:{tmp_path}/{place}", "channels": 1}
+        recipe = load_recipe(written(tmp_path, {**CHAIN, "data": source}))
+        assert isinstance(recipe, ChainRecipe)
+        found, data = stages_of(recipe), StageData(recipe)
+        return [digest(stage.inputs(data.of(stage), "teacher", {})) for stage in found if stage.recipe is not None]
+
+    before = names("old")
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert names("new") == before
+    next((tmp_path / "new" / "cat").iterdir()).unlink()
+    assert not set(names("new")) & set(before)
 
 
 def test_rounds_double_their_length_at_two_and_one_steps() -> None:
