@@ -149,6 +149,10 @@ def test_report_again_and_comparison(tiny_run: Path, tmp_path: Path, capsys: pyt
     assert main(["report", str(tiny_run), str(tiny_run), "--out", str(tmp_path / "two.html")]) == 0
     assert main(["report", str(tiny_run), "--out", str(tmp_path)]) == 2
     assert f"is a folder; name the page: {tmp_path / 'report.html'}\n" in capsys.readouterr().err
+    receipt = (tiny_run / "receipt.json").read_bytes()
+    assert main(["report", str(tiny_run), "--out", str(tiny_run / "receipt.json")]) == 2
+    assert "is no page; name a page that ends in .html\n" in capsys.readouterr().err
+    assert (tiny_run / "receipt.json").read_bytes() == receipt
     assert "<svg" in (tmp_path / "one.html").read_text()
     assert (tmp_path / "two.html").read_text().startswith("<!doctype html>")
 
@@ -398,6 +402,14 @@ def test_help_tells_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
             main([command, "--help"])
         shown = " ".join(capsys.readouterr().out.split())
         assert all(text in shown for text in told), shown
+
+
+@pytest.mark.parametrize("command", [["sample"], ["eval", "--data", "digits"]])
+def test_a_run_given_for_its_model_is_told_where_the_model_is(
+    tiny_run: Path, command: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command[0], str(tiny_run), *command[1:], "--quiet"]) == 2
+    assert capsys.readouterr().err.endswith(f"has no model_index.json; use {tiny_run / 'model'}\n")
 
 
 def test_sample_refuses_what_the_model_cannot_do(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,7 +44,8 @@ def refuse_pictures(text: str) -> None:
         InputError: a folder of class folders, which only ``folder:`` tells from a model's.
     """
     path = Path(text).expanduser()
-    if path.is_dir() and not (path / "model_index.json").exists() and any(map(is_flat, path.iterdir())):
+    held = any((path / inner / "model_index.json").exists() for inner in (".", "model"))
+    if path.is_dir() and not held and any(map(is_flat, path.iterdir())):
         mend = f"for pictures in class folders write folder:{text}"
         raise InputError("model", text, mend, problem="has no model_index.json")
 

@@ -14,10 +14,12 @@ def report(runs: list[Path], out: Path | None) -> Path:
     """One run: its page again. Several: one page that compares them.
 
     Raises:
-        InputError: no run, or a folder in the page's place.
+        InputError: no run, or a folder or another file in the page's place.
     """
     if out is not None and out.is_dir():
         raise InputError("out", str(out), f"name the page: {out / 'report.html'}", problem="is a folder")
+    if out is not None and out.suffix not in (".html", ".htm"):
+        raise InputError("out", str(out), "name a page that ends in .html", problem="is no page")
     if len(runs) == 1 and (runs[0] / "arena.json").is_file():
         path = out or runs[0] / "report.html"
         write_arena(ArenaResult.load(runs[0] / "arena.json"), path, runs[0])

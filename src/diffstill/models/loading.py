@@ -145,7 +145,9 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise _bad(folder, f"has no {name}", "give a diffusers model folder") from None
+        inner = folder / "model"  # of a run
+        mend = f"use {inner}" if (inner / name).is_file() else "give a diffusers model folder"
+        raise _bad(folder, f"has no {name}", mend) from None
     except (OSError, ValueError) as error:
         raise _bad(folder, f"has a {name} that cannot be read ({_why(error)})") from error
     if not isinstance(content, dict):
