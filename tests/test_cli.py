@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from tiny import TINY
 
-from diffstill.cli import main
+from diffstill.cli import main, unforeseen
 from diffstill.console import doctor_text
 from diffstill.diffusion.guidance import Constant
 from diffstill.errors import InputError
@@ -402,6 +402,17 @@ def test_help_tells_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
             main([command, "--help"])
         shown = " ".join(capsys.readouterr().out.split())
         assert all(text in shown for text in told), shown
+
+
+def test_memory_that_does_not_suffice_is_no_bug() -> None:
+    with pytest.raises(RuntimeError) as refused:
+        torch.empty(10**15)
+    for error in (refused.value, torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")):
+        said = unforeseen(error)
+        assert said.startswith("out of memory (")
+        assert said.endswith("; in training set training.micro_batch or a smaller training.batch_size, in evaluation a "
+                             "smaller evaluation.batch_size, in sampling a smaller --batch-size")  # fmt: skip
+    assert "(a bug: " in unforeseen(ValueError("x"))
 
 
 @pytest.mark.parametrize("command", [["sample"], ["eval", "--data", "digits"]])

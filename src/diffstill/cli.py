@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DIFFSTILL_DEBUG"):
             raise
-        print(f"diffstill: {_unforeseen(error)}", file=sys.stderr)
+        print(f"diffstill: {unforeseen(error)}", file=sys.stderr)
         return 1
 
 
@@ -64,10 +64,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def _unforeseen(error: Exception) -> str:
+def unforeseen(error: Exception) -> str:
+    """The line for an exception that is none of ours: memory that ran out, or a bug."""
     text = " ".join(str(error).split())[:400]
-    if type(error).__name__ == "OutOfMemoryError":
-        return f"out of memory ({text}); set training.micro_batch or a smaller training.batch_size"
+    if isinstance(error, MemoryError) or "out of memory" in text.lower() or "can't allocate memory" in text:
+        return (
+            f"out of memory ({text}); in training set training.micro_batch or a smaller training.batch_size, in "
+            "evaluation a smaller evaluation.batch_size, in sampling a smaller --batch-size"
+        )
     return f"unexpected {type(error).__name__}: {text} (a bug: set DIFFSTILL_DEBUG=1 for the traceback and report it)"
 
 
