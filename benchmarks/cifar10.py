@@ -56,6 +56,8 @@ UNPLANNED = 1_280_000
 """Images of a recipe whose numbers are not known yet: whole batches of any usual size."""
 SPARE = 0.9
 """Share of the time that is planned for: evaluation during training, checkpoints and the start are the rest."""
+COMPILED = 10.0
+"""Minutes of the teacher's training from which compiling it, in each call anew, is taken to earn its own time back."""
 SMOKE = (
     "teacher.overrides.network.block_out_channels=[8, 8]",
     "teacher.overrides.network.layers_per_block=1",
@@ -108,7 +110,7 @@ class Call:
         """
         process = subprocess.Popen([sys.executable, *words])
         try:
-            code = process.wait(timeout=max(1.0, self.left - GRACE / 2))
+            code = process.wait(timeout=max(1.0, self.left - GRACE))
         except subprocess.TimeoutExpired:
             code = STOPPED
         finally:  # whatever ends this call, no child of it goes on
@@ -219,7 +221,8 @@ def _rate(
     stream = BatchStream(data.train, schedule, batch_size=settings.batch_size, seed=0, device=runtime.device)
     arms = [Arm(name, method, settings, runtime) for name, method in methods.items()]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(arms, stream, settings, runtime, Path(folder), teacher=teacher)
+        # Students are timed in the arena, which waits for the device around each arm.
+        trainer = Trainer(arms, stream, settings, runtime, Path(folder), teacher=teacher, timed=teacher is not None)
         for _ in range(3):
             trainer.step()
         runtime.synchronize()
@@ -240,7 +243,7 @@ def overrides(args: argparse.Namespace, images: dict[str, int]) -> list[str]:
         f"teacher.overrides.training.images={images['teacher']}",
         f"teacher.overrides.training.warmup_images={min(128_000, images['teacher'] // 10)}",
         # Told, not left to the number of steps: the plan was timed with it, and a shorter training has to be the same.
-        f"teacher.overrides.training.compile={str(_on_gpu(args)).lower()}",
+        f"teacher.overrides.training.compile={str(_on_gpu(args) and args.teacher_minutes >= COMPILED).lower()}",
         f"training.images={images['student']}",
         f"training.warmup_images={min(128_000, images['student'] // 10)}",
     ]

@@ -9,7 +9,9 @@ import torch
 from eval_fakes import CLASSES, SCHEDULE, Empirical, LabelAffine, bars, bars_splits, tiny_unet
 from torch import multiprocessing as mp
 
+from diffstill.console import PlainUi
 from diffstill.diffusion.guidance import TAG, Constant
+from diffstill.engine.runtime import Runtime
 from diffstill.errors import InputError
 from diffstill.evaluation.classifier import cached_classifier
 from diffstill.evaluation.features import ClassifierExtractor, extract
@@ -18,6 +20,7 @@ from diffstill.evaluation.processes import gather_rows, share
 from diffstill.evaluation.protocol import EvalSettings, Evaluator
 from diffstill.evaluation.results import ModelEvaluation, Protocol
 from diffstill.evaluation.sampling import sample_images
+from diffstill.jobs.finish import Subject, evaluate_subject
 from diffstill.models.denoiser import Denoiser
 from diffstill.models.lineage import weights_sha256
 
@@ -48,6 +51,20 @@ def blank() -> Denoiser:
     """Predicts that everything is noise: samples are structureless."""
     network = LabelAffine(torch.ones(CLASSES + 1), torch.zeros(CLASSES + 1, *SHAPE))
     return Denoiser(network, SCHEDULE, CLASSES, SHAPE)
+
+
+def test_student_and_teacher_are_measured_in_one_memory_layout(evaluator: Evaluator) -> None:
+    """Training leaves both in the one that its kernels like."""
+    student, teacher = tiny_unet(), tiny_unet(seed=1)
+    layouts: list[bool] = []
+    for model in (student, teacher):
+        model.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        convolution = next(m for m in model.network.modules() if isinstance(m, torch.nn.Conv2d) and m.in_channels > 1)
+        convolution.register_forward_pre_hook(lambda conv, _: layouts.append(conv.weight.is_contiguous()))
+    subject = Subject("student", student, "dash", None, against=teacher)
+    evaluate_subject(subject, evaluator, Runtime("cpu"), PlainUi(), cost=False)
+    assert len(layouts) > 10
+    assert all(layouts)
 
 
 # --- sampling

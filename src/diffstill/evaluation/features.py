@@ -101,7 +101,7 @@ class TorchScriptExtractor:
         problem = ""
         for form in forms:
             try:
-                out = self._network(form(sample))
+                out = self._run(form(sample))
             except RuntimeError as error:
                 problem = _because(error)
                 continue
@@ -112,9 +112,14 @@ class TorchScriptExtractor:
         mend = f"export a module that takes images {tuple(sample.shape[1:])} as uint8, or as float in [0, 1]"
         raise InputError("extractor", f"torchscript:{path}", mend, problem=problem)
 
+    def _run(self, images: Tensor) -> Any:
+        # As it is: on CUDA the fuser would compile a kernel for each group of operations and batch size.
+        with torch.jit.optimized_execution(False):
+            return self._network(images)
+
     def read(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         with measuring(self._device):
-            out = self._network(self._prepare(images.to(self._device)))
+            out = self._run(self._prepare(images.to(self._device)))
         features, logits = out if isinstance(out, tuple) else (out, None)
         return features.flatten(1).float().cpu(), logits.float().cpu() if logits is not None else None
 

@@ -24,7 +24,15 @@ from ..report.page import write_arena
 from ..report.receipt import environment
 from .build import Teacher, build_arm, check_data, check_run, probe_data
 from .distill import PROBE_PAIRS, blank_teacher, inputs_of, obtain_teacher
-from .finish import Subject, describe_data, draw_pictures, evaluator_for, held_evaluation, refresh_card
+from .finish import (
+    Subject,
+    describe_data,
+    draw_pictures,
+    evaluate_subject,
+    evaluator_for,
+    held_evaluation,
+    refresh_card,
+)
 from .folder import RunFolder
 from .stage import Planned, run_stage
 from .train import save_trained
@@ -114,7 +122,7 @@ def arena(
         environment=environment(runtime.device),
         protocol=evaluator.protocol,
         teacher=session.evaluate(
-            "teacher", Subject("teacher", teacher.denoiser, "teacher", teacher.folder, teacher.guided), None
+            "teacher", Subject("teacher", teacher.denoiser, "teacher", teacher.folder, teacher.guided)
         ),
         arms=[
             ArenaArm(
@@ -185,10 +193,12 @@ class _Session:
         """Evaluates every arm of a pass and files the results."""
         self.notes += [line for line in trainer.warnings if line not in self.notes]
         for arm in trainer.arms:
-            subject = Subject(arm.name, arm.student, arm.method.name, None, guided=arm.method.guided)
+            subject = Subject(
+                arm.name, arm.student, arm.method.name, None, arm.method.guided, against=self.teacher.denoiser
+            )
             # The first seed's pictures stand for the arm.
             pictures = budget == "equal_steps" and seed == self.recipe.seed
-            evaluation = self.evaluate(f"{name}/{arm.name}", subject, self.teacher, pictures=pictures)
+            evaluation = self.evaluate(f"{name}/{arm.name}", subject, pictures=pictures)
             if self.recipe.arena.keep_models and self.runtime.is_main:
                 self._keep(arm, self.path / "models" / name / arm.name, seed, evaluation)
             found[arm.name].append(
@@ -217,29 +227,15 @@ class _Session:
         guidance = recipe.evaluation.default_guidance
         refresh_card(folder, evaluation, self.path, guidance, self.evaluator.protocol)
 
-    def evaluate(
-        self, name: str, subject: Subject, teacher: Teacher | None, *, pictures: bool = True
-    ) -> ModelEvaluation:
+    def evaluate(self, name: str, subject: Subject, *, pictures: bool = True) -> ModelEvaluation:
         """Measured once and kept: an arena that is started again does not measure again."""
         kept = self.path / "evaluations" / f"{name.replace('/', '-')}.json"
         held = held_evaluation(kept)
         missing = self.runtime.any(held is None)
         if held is not None and not missing:
             return held
-        with self.ui.bar(f"evaluate {name}", 1.0) as bar:
-            bar.update(0.0)
-            # One memory layout for all, or their latencies would not compare.
-            self.runtime.place(subject.denoiser.network, channels_last=False)
-            found = self.evaluator.evaluate(
-                subject.denoiser,
-                subject.role,
-                subject.method,
-                teacher=teacher.denoiser if teacher else None,
-                guided=subject.guided,
-                cost=subject.role in self.timed and pictures,
-                steps=subject.own_steps,
-                progress=bar.update,
-            )
+        cost = subject.role in self.timed and pictures
+        found = evaluate_subject(subject, self.evaluator, self.runtime, self.ui, cost=cost, name=name)
         if self.runtime.is_main:
             if pictures:
                 found.images.update(draw_pictures(subject, found, self.data, self.path))

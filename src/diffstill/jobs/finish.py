@@ -143,23 +143,36 @@ def evaluate_subjects(
     subjects: Sequence[Subject], evaluator: Evaluator, runtime: Runtime, ui: Ui
 ) -> dict[str, ModelEvaluation]:
     """Every subject under one protocol. Cost only of saved models."""
-    found: dict[str, ModelEvaluation] = {}
-    for subject in subjects:
-        # One memory layout for all, or their latencies would not compare.
-        runtime.place(subject.denoiser.network, channels_last=False)
-        with ui.bar(f"evaluate {subject.role}", 1.0) as bar:
-            bar.update(0.0)
-            found[subject.role] = evaluator.evaluate(
-                subject.denoiser,
-                subject.role,
-                subject.method,
-                teacher=subject.against,
-                guided=subject.guided,
-                steps=subject.own_steps,
-                cost=subject.folder is not None,
-                progress=bar.update,
-            )
-    return found
+    return {
+        subject.role: evaluate_subject(subject, evaluator, runtime, ui, cost=subject.folder is not None)
+        for subject in subjects
+    }
+
+
+def evaluate_subject(
+    subject: Subject, evaluator: Evaluator, runtime: Runtime, ui: Ui, *, cost: bool, name: str | None = None
+) -> ModelEvaluation:
+    """One subject under the protocol.
+
+    Args:
+        name: on the screen; None: its role.
+    """
+    for model in (subject.denoiser, subject.against):
+        if model is not None:
+            # One memory layout for all, or their latencies would not compare; training may have left another.
+            runtime.place(model.network, channels_last=False)
+    with ui.bar(f"evaluate {name or subject.role}", 1.0) as bar:
+        bar.update(0.0)
+        return evaluator.evaluate(
+            subject.denoiser,
+            subject.role,
+            subject.method,
+            teacher=subject.against,
+            guided=subject.guided,
+            steps=subject.own_steps,
+            cost=cost,
+            progress=bar.update,
+        )
 
 
 def finish_run(
