@@ -157,6 +157,8 @@ class Effort:
     turn_s: float
     """Seconds a turn should take: steps are repeated to fill them."""
     compile: bool = True
+    by_hand: bool = True
+    """Whether to measure the rungs, or the library's own step alone."""
 
 
 def rungs_of(problem: Problem, host_together: bool) -> list[Rung]:
@@ -227,7 +229,8 @@ def climb(
         begun = Begun(problem.nets.name, problem.work, problem.batch, units)
     race = _Race(baseline, bench, effort.rounds, begun.units_per_turn, step_flops(problem))
 
-    for rung in rungs_of(problem, host_together)[len(begun.rungs) :]:
+    rungs = rungs_of(problem, host_together) if effort.by_hand else []
+    for rung in rungs[len(begun.rungs) :]:
         kept, best = begun.standing()
         on = replace(kept, **rung.switches)
         result = Result(rung.name, asdict(on), optional=rung.optional, process=bench.process)

@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads; default torch's own (OMP_NUM_THREADS)")
     parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="cpu: CPU seconds, on a busy machine")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (minutes on a CPU)")
+    parser.add_argument("--library-only", action="store_true", help="no rungs by hand: the figures that the aims ask")
     parser.add_argument("--no-sampling", action="store_true")
     parser.add_argument("--quick", action="store_true", help="tiny batches, one round: does it run at all?")
     parser.add_argument("--out", type=Path, help="JSON file; default results/throughput-<device>.json")
@@ -203,11 +204,11 @@ def _batches(nets: Nets, args: argparse.Namespace, device: torch.device) -> tupl
 
 def _effort(problem: Problem, args: argparse.Namespace) -> Effort:
     if args.quick:
-        return Effort(args.rounds or 1, 0.0, compile=False)
+        return Effort(args.rounds or 1, 0.0, compile=False, by_hand=not args.library_only)
     long = _long_steps(problem)
     # Compiling a network for training takes a CPU about as long as the rest of its ladder; once a pair is enough.
     compiles = not args.no_compile and (problem.device.type == "cuda" or problem.work == "distil")
-    return Effort(args.rounds or (2 if long else 5), 0.0 if long else 0.4, compiles)
+    return Effort(args.rounds or (2 if long else 5), 0.0 if long else 0.4, compiles, by_hand=not args.library_only)
 
 
 def _long_steps(problem: Problem) -> bool:

@@ -378,6 +378,19 @@ def test_bad_arguments_are_refused(argv: list[str], capsys: pytest.CaptureFixtur
     assert argv[0] in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_the_library_alone_is_a_ladder_without_rungs(tmp_path: Path) -> None:
+    out = tmp_path / "throughput.json"
+    asked = ["--nets", "digits", "--work", "train", "--quick", "--library-only", "--no-sampling", "--device", "cpu"]
+    assert throughput.main([*asked, "--out", str(out)]) == 0
+    report = json.loads(out.read_text(encoding="utf-8"))
+    (ladder,) = (Ladder.of(plain) for plain in report["ladders"])
+    assert report["complete"]
+    assert ladder.rungs == []
+    assert ladder.library.ratio is not None
+    assert ladder.library.loss_difference is not None
+    assert ladder.library.loss_difference < 1e-4
+
+
 @pytest.mark.slow
 def test_quick_run_writes_the_whole_report(tmp_path: Path) -> None:
     out = tmp_path / "throughput.json"
