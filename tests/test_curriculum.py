@@ -313,13 +313,15 @@ def test_options_are_checked() -> None:
             CurriculumOptions.model_validate(bad)
 
 
-def test_lambda_that_was_carried_past_the_bound_comes_back() -> None:
-    curriculum = made(SMALL, snr_form="none", clamp=2.0)
+@pytest.mark.parametrize("bound", [2.0, 0.7])  # float32 knows the first one exactly
+def test_lambda_that_was_carried_past_the_bound_comes_back(bound: float) -> None:
+    """Under any version of torch, whose ``clamp`` may or may not have a gradient there."""
+    curriculum = made(SMALL, snr_form="none", clamp=bound)
     with torch.no_grad():
-        curriculum.logits[0] = 2.7
+        curriculum.logits[0], curriculum.logits[1] = bound + 0.7, -bound - 0.7
     curriculum.keep_inside()
-    assert float(curriculum.logits[0].detach()) == 2.0
+    assert curriculum.logits[:2].tolist() == torch.tensor([bound, -bound]).tolist()
     t = torch.arange(SMALL.T)
     curriculum(torch.linspace(1, 2, SMALL.T), t, t).backward()
     assert curriculum.logits.grad is not None
-    assert float(curriculum.logits.grad[0]) != 0.0
+    assert bool((curriculum.logits.grad[:2] != 0).all())

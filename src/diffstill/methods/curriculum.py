@@ -63,11 +63,18 @@ class Curriculum(nn.Module):
 
     def _omega(self) -> Tensor:
         if self.options.rule == "tirt":
-            bound = self.options.clamp
-            return self.base * torch.sigmoid(self.logits if bound is None else self.logits.clamp(-bound, bound))
+            return self.base * torch.sigmoid(self._bounded())
         if self.options.rule == "uncertainty":
             return self.base * torch.exp(-self.logits)
         return self.base
+
+    def _bounded(self) -> Tensor:
+        """lambda inside its bound. The gradient passes at the bound itself, where lambda is put back to, and not beyond;
+        that of ``clamp`` depends there on torch's version (in 2.14 it is zero)."""
+        bound = self.options.clamp
+        if bound is None:
+            return self.logits
+        return torch.where(self.logits.abs() <= bound, self.logits, self.logits.detach().clamp(-bound, bound))
 
     def weights(self) -> Tensor:
         """(T,) float32, unit mean over all timesteps."""
