@@ -69,7 +69,7 @@ class Curriculum(nn.Module):
         return self.base
 
     def _bounded(self) -> Tensor:
-        """lambda inside its bound. The gradient passes at the bound itself, where lambda is put back to, and not beyond;
+        """lambda inside its bound. The gradient passes at the bound itself, where lambda is put back, not beyond it;
         that of ``clamp`` depends there on torch's version (in 2.14 it is zero)."""
         bound = self.options.clamp
         if bound is None:
