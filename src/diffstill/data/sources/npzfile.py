@@ -84,12 +84,15 @@ class NpzFile:
         each = int(np.prod(rest))
         step = max(1, BLOCK_BYTES // each)
         with self.guarded(), zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as file:
+            file.read(entry.offset)
             for start in range(0, count, step):
                 stop = min(start + step, count)
                 low, high = np.searchsorted(index, [start, stop])
+                if low == len(index):
+                    break
+                # What is left out is read, too: from Python 3.12 on a seek would end the check of the archive's CRC.
+                content = file.read((stop - start) * each)
                 if low < high:
-                    file.seek(entry.offset + start * each)
-                    content = file.read((stop - start) * each)
                     yield start, np.frombuffer(content, np.uint8).reshape(stop - start, *rest)
 
     def labels(self, key: str) -> NDArray[Any]:
