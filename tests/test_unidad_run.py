@@ -26,6 +26,7 @@ from diffstill.diffusion.schedule import NoiseSchedule
 from diffstill.engine.log import read_log
 from diffstill.engine.runtime import Runtime
 from diffstill.errors import InputError
+from diffstill.evaluation.cost import TrainingForecast
 from diffstill.evaluation.sampling import draw
 from diffstill.jobs.build import check_roles
 from diffstill.jobs.distill import blank_teacher, prepare_student
@@ -109,11 +110,15 @@ def test_eval_gives_the_teacher_its_own_steps_not_the_generators(teacher: Path, 
 
 
 def test_a_dry_run_counts_the_memory_of_all_networks() -> None:
-    """Student with its EMA, critic and target teacher, each with gradient and moments, and the source teacher."""
-    made = load_recipe("digits-unidad")
-    ((forecast, _),) = [found for name, found in plan(made, Runtime("cpu")).forecasts.items() if name == made.name]
-    one = 4 * forecast.parameters / 1e6
-    assert forecast.memory_mb > (5 + 4 + 4 + 1) * one
+    """A target teacher that is trained: its weights, gradient and moments."""
+
+    def told(*changes: str) -> TrainingForecast:
+        made = load_recipe("digits-unidad", changes)
+        ((forecast, _),) = [found for name, found in plan(made, Runtime("cpu")).forecasts.items() if name == made.name]
+        return forecast
+
+    whole, without = told(), told("method.target_teacher=none", "method.target_weight=0")
+    assert whole.memory_mb - without.memory_mb == pytest.approx(4 * 4 * whole.parameters / 1e6, rel=1e-3)
 
 
 @pytest.mark.parametrize(
