@@ -29,6 +29,8 @@ BATCH = 8
 STEPS = 6
 FEWER = 8
 """Steps of the students of methods that make fewer."""
+WAY = 4
+"""Steps of such a student's teacher for each of them."""
 
 
 class Killed(Exception):
@@ -61,7 +63,9 @@ class Bench:
         self._teacher = on_cpu(teacher) if teacher else tiny_denoiser((8, 16), 1, student, kind)
         self._student = on_cpu(student) if student else tiny_denoiser((8, 8), 2, teacher, kind, family)
         if method.fewer_steps and teacher is None and student is None:
-            self._teacher = self._teacher.respaced(spaced_indices(self._teacher.schedule.T, FEWER, method.spacing))
+            for steps in (WAY * FEWER, FEWER):
+                indices = spaced_indices(self._teacher.schedule.T, steps, method.spacing)
+                self._teacher = self._teacher.respaced(indices)
             self._student.schedule = self._teacher.schedule
         self.method()
 
