@@ -369,7 +369,7 @@ def nursery() -> Iterator[Nursery]:
 
 def test_killed_in_a_round_it_goes_on_there_to_the_same_bits(done: Path, nursery: Nursery, tmp_path: Path) -> None:
     tree = json.loads(json.dumps(CHAIN))
-    tree["stages"]["steps"]["overrides"] |= {"training.images": 640, "training.checkpoint_every": 16}
+    tree["stages"]["steps"]["overrides"] |= {"training.images": 320, "training.checkpoint_every": 16}
     tree["stages"] = {name: stage for name, stage in tree["stages"].items() if name != "jumps"}
     command = ["chain", written(tmp_path, tree), "--quiet", "--out"]
     child = nursery.start([*command, str(tmp_path / "run")], tmp_path / "err")
