@@ -262,6 +262,19 @@ def encoder_model(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
+def test_transfer_to_a_model_of_few_steps_decodes_from_its_noisiest(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fifty even ones of its 96 would begin at a half-clean level."""
+    teacher = load_model(tiny_run / "teacher")
+    assert teacher.lineage is not None
+    few = teacher.denoiser.respaced(spaced_indices(teacher.denoiser.schedule.T, 96, "trailing"))
+    save_model(few, tmp_path / "few", lineage=teacher.lineage, class_names=teacher.class_names)
+    command = ["transfer", str(tiny_run / "teacher"), *FROM_TO, "-n", "1", "--out", str(tmp_path / "t.png")]
+    told = run([*command, "--to-model", str(tmp_path / "few")], capsys)
+    assert (told["encoder_steps"], told["steps"]) == (50, 96)
+
+
 def test_transfer_by_an_encoder(
     tiny_run: Path, encoder_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
