@@ -76,6 +76,11 @@ def check_own_steps(model: Denoiser, steps: int | None, field: str) -> None:
         raise InputError(field, steps, mend)
 
 
+def label_number(word: str, classes: int) -> int | None:
+    """The label, of 0..classes-1, that a word is the number of; None for any other word."""
+    return int(word) if re.fullmatch("[0-9]{1,9}", word) and int(word) < classes else None
+
+
 def parse_labels(text: str | None, class_names: Sequence[str]) -> list[int] | None:
     """``"0,1,2"`` or class names, comma-separated."""
     if text is None:
@@ -84,8 +89,8 @@ def parse_labels(text: str | None, class_names: Sequence[str]) -> list[int] | No
     for word in (part.strip() for part in text.split(",")):
         if word in class_names:
             found.append(class_names.index(word))
-        elif re.fullmatch("[0-9]{1,9}", word) and int(word) < len(class_names):
-            found.append(int(word))
+        elif (number := label_number(word, len(class_names))) is not None:
+            found.append(number)
         else:
             shown = ", ".join(class_names[:10]) + ("..." if len(class_names) > 10 else "")
             raise InputError("labels", word, f"use 0..{len(class_names) - 1} or names: {shown}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,7 +95,7 @@ class Lock:
                 raise InputError("out", str(path), mend, problem="is in use by another process") from None
 
 
-class Home:
+class Home(ABC):
     """A folder that one recipe owns: refused where it holds something else, nothing written before ``claim``.
 
     Args:
@@ -143,11 +144,13 @@ class Home:
         except OSError as error:
             raise RunFailed(f"cannot write to {self.path}: {error}") from error
 
+    @abstractmethod
     def _check_owner(self) -> None:
-        raise NotImplementedError
+        """Refuses a folder of another recipe."""
 
+    @abstractmethod
     def _write_marks(self) -> None:
-        raise NotImplementedError
+        """Writes the marks that ``claim`` does not."""
 
     def _held(self, name: str) -> dict[str, Any]:
         try:

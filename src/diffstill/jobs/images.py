@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from ..recipe import EvaluationSpec, override_section
 from ..report.page import write_report
 from ..report.pictures import class_grid, grid, save_png
 from ..report.receipt import Receipt, environment
+from .evaluate import label_number
 from .finish import GRID_PER_CLASS, baselines_of, check_out, describe_data, draw_shots, evaluator_for
 from .train import Finished
 from .ui import Ui
@@ -147,8 +147,8 @@ def _relabelled(pictures: ImageData, data: DataSplits) -> ImageData | None:
     themselves. None where some class is not the data's."""
     known = {name: label for label, name in enumerate(data.class_names)}
     if not set(pictures.class_names) <= known.keys():
-        digits = [name for name in pictures.class_names if re.fullmatch("[0-9]{1,9}", name)]
-        known = {name: int(name) for name in digits if int(name) < data.num_classes}
+        numbers = {name: label_number(name, data.num_classes) for name in pictures.class_names}
+        known = {name: number for name, number in numbers.items() if number is not None}
         if len(known) < pictures.num_classes:
             return None
     table = torch.tensor([known[name] for name in pictures.class_names])

@@ -128,14 +128,13 @@ def resolved(recipe: BaseModel) -> dict[str, Any]:
 PLACES = {
     "data": ("source", "train", "test"),
     "teacher": ("model", "pipeline", "recipe", "overrides"),
-    "roles": (),
 }
-"""Where a recipe says things are, which a run folder knows by their contents: keys of a section, or a whole one."""
+"""Keys of sections that say where things are, which a run folder knows by their contents."""
 
 
 def without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """A resolved recipe without what depends on where its inputs lie, or on how their path is spelt."""
-    kept = {key: value for key, value in recipe.items() if PLACES.get(key) != ()}
+    kept = {key: value for key, value in recipe.items() if key != "roles"}  # all of them are places
     for section, keys in PLACES.items():
         if isinstance(kept.get(section), Mapping):
             kept[section] = {key: value for key, value in kept[section].items() if key not in keys}
