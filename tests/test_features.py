@@ -9,12 +9,16 @@ import torch
 from eval_fakes import bars, bars_splits, noise_data
 from torch import Tensor, nn
 
+from diffstill.console import PlainUi
 from diffstill.data.sources import DataSpec, DataSplits, load_data
+from diffstill.engine.runtime import Runtime
 from diffstill.errors import InputError
 from diffstill.evaluation.classifier import Classifier, accuracy, cached_classifier, train_classifier
 from diffstill.evaluation.features import default_cache, extract, extract_all, make_extractor
 from diffstill.evaluation.frechet import FeatureStats, frechet_distance
+from diffstill.jobs.finish import extractor_for
 from diffstill.models.lineage import weights_sha256
+from diffstill.recipe import EvaluationSpec
 
 CPU = torch.device("cpu")
 DATA = bars_splits(train=48)
@@ -55,6 +59,31 @@ def test_it_is_trained_on_the_training_split_only() -> None:
     plain, other = (train_classifier(data, CPU, epochs=2) for data in (DATA, blind))
     assert weights_sha256(plain.network) == weights_sha256(other.network)
     assert plain.accuracy != other.accuracy
+
+
+def test_a_training_tells_its_share_and_a_cached_classifier_nothing(tmp_path: Path) -> None:
+    told: list[float] = []
+    train_classifier(DATA, CPU, epochs=2, progress=told.append)
+    per_epoch = -(-len(DATA.train) // 128)
+    assert told == pytest.approx([step / (2 * per_epoch) for step in range(2 * per_epoch + 1)])
+    told.clear()
+    make_extractor("classifier", DATA, tmp_path, progress=told.append)
+    assert told[0] == 0.0
+    assert told[-1] == pytest.approx(1.0)
+    told.clear()
+    make_extractor("classifier", DATA, tmp_path, progress=told.append)
+    assert told == []
+
+
+def test_a_job_shows_a_bar_while_the_classifier_is_trained_and_none_when_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DIFFSTILL_CACHE", str(tmp_path))
+    for lines in (["train the classifier that measures, once for this data ...", "done in"], []):
+        extractor_for(EvaluationSpec(), DATA, Runtime("cpu"), PlainUi())
+        printed = capsys.readouterr().err.splitlines()
+        assert len(printed) == len(lines)
+        assert all(part in line for part, line in zip(lines, printed, strict=True))
 
 
 def test_accuracy_is_measured_on_the_test_split(cache: Path) -> None:

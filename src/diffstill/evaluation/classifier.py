@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,14 +88,23 @@ class Trained:
     accuracy: float | None
 
 
-def train_classifier(data: DataSplits, device: torch.device, *, seed: int = SEED, epochs: int | None = None) -> Trained:
+def train_classifier(
+    data: DataSplits,
+    device: torch.device,
+    *,
+    seed: int = SEED,
+    epochs: int | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Trained:
     """Trains on ``data.train`` alone: AdamW, one-cycle, label smoothing 0.1, shifts of up to 1/8 and pixel noise.
 
     On a CPU, the same thread count and torch give the same weights; no global random state is read or changed.
 
     Args:
         epochs: None chooses about 30,000 images for small sets and 10 epochs for large ones.
+        progress: called with the share of the training that is done, in [0, 1], before it and after each step.
     """
+    tell = progress or (lambda done: None)
     train, batch = data.train, 128
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
@@ -104,14 +114,16 @@ def train_classifier(data: DataSplits, device: torch.device, *, seed: int = SEED
     per_epoch = -(-len(train) // batch)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=epochs * per_epoch, pct_start=0.2)
-    for _ in range(epochs):
-        for index in torch.randperm(len(train), generator=generator).split(batch):
+    tell(0.0)
+    for epoch in range(epochs):
+        for step, index in enumerate(torch.randperm(len(train), generator=generator).split(batch), start=1):
             images = _augment(to_float(train.images[index]), generator).to(device)
             loss = F.cross_entropy(network(images), train.labels[index].to(device), label_smoothing=0.1)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
             schedule.step()
+            tell((epoch + step / per_epoch) / epochs)
     network.eval().requires_grad_(False)
     return Trained(network, accuracy(network, data.test, device))
 
@@ -127,17 +139,24 @@ def accuracy(network: nn.Module, data: ImageData, device: torch.device, batch: i
     return right / len(data)
 
 
-def cached_classifier(data: DataSplits, cache_dir: Path, device: torch.device, *, seed: int = SEED) -> Trained:
+def cached_classifier(
+    data: DataSplits,
+    cache_dir: Path,
+    device: torch.device,
+    *,
+    seed: int = SEED,
+    progress: Callable[[float], None] | None = None,
+) -> Trained:
     """The classifier of this data set from the cache, or trained now and put there.
 
     The file is named by data, architecture and seed and written atomically; a damaged one is replaced. With several
-    processes, process 0 does the work and the others receive its weights.
+    processes, process 0 does the work and the others receive its weights. ``progress`` is ``train_classifier``'s.
     """
     path = cache_dir / f"classifier-{data.fingerprint()}-{ARCHITECTURE}-{seed}.safetensors"
     if process_index() == 0:
         trained = _load(path, data)
         if trained is None:
-            trained = train_classifier(data, device, seed=seed)
+            trained = train_classifier(data, device, seed=seed, progress=progress)
             with suppress(OSError):  # a cache that cannot be written costs seconds next time, not this evaluation
                 _save(path, trained)
     else:

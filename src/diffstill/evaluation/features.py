@@ -131,6 +131,7 @@ def make_extractor(
     device: torch.device | str = "cpu",
     *,
     source: DataSpec | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Extractor:
     """An extractor from ``"classifier"``, ``"inception[:PATH]"`` or ``"torchscript:PATH"``.
 
@@ -139,6 +140,7 @@ def make_extractor(
         cache_dir: where trained classifiers are kept; None: ``$DIFFSTILL_CACHE`` or ``~/.cache/diffstill``.
         source: the domain that few-shot data is adapted from, whose whole source the classifier is trained on where
             the data's own has no two classes to tell apart.
+        progress: called with the share done, in [0, 1], if a classifier has to be trained.
 
     Raises:
         InputError: an unknown form, or an extractor that cannot be had.
@@ -150,7 +152,7 @@ def make_extractor(
         whole = whole_source(data)
         own = whole.num_classes > 1
         learnt = whole if own else _source_with_classes(data, source)
-        trained = cached_classifier(learnt, cache_dir or default_cache(), device)
+        trained = cached_classifier(learnt, cache_dir or default_cache(), device, progress=progress)
         classifies = own and not (data.spec and data.spec.relabelled)
         return ClassifierExtractor(trained, learnt.name, device, classifies=classifies)
     if kind == "inception":

@@ -91,7 +91,7 @@ def arena(
         build_arm(recipe, spec, blank, recipe.seed)
     identity = resolved(recipe.model_copy(update={"arena": recipe.arena.model_copy(update={"arms": arms})}))
     folder = RunFolder(out, identity, inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)
-    evaluator = evaluator_for(recipe.evaluation, data, runtime, out)
+    evaluator = evaluator_for(recipe.evaluation, data, runtime, ui, out)
     folder.claim()
     runtime.barrier()
     teacher, _, warnings = obtain_teacher(recipe, data, folder, runtime, ui)

@@ -134,7 +134,7 @@ def chain(recipe: ChainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
     blanks = check_stages(stages, stage_data, runtime, recipe.evaluation.guidance)
     check_baselines(recipe, blanks[stages[0].name].model.denoiser)
     folder = ChainFolder(out, recipe, fresh=fresh, write=runtime.is_main)
-    evaluator = evaluator_for(recipe.evaluation, data, runtime, out)
+    evaluator = evaluator_for(recipe.evaluation, data, runtime, ui, out)
     folder.claim()
     runtime.barrier()
     done: dict[str, Artefact] = {}

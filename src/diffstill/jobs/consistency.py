@@ -12,10 +12,11 @@ from torch import Tensor
 from ..disk import write_text
 from ..engine.runtime import Runtime
 from ..errors import InputError, RunFailed
-from ..evaluation.features import extract, make_extractor
+from ..evaluation.features import extract
 from ..evaluation.paired import PairFigures, compare_pairs, compare_strangers
 from ..evaluation.results import Estimate
 from ..evaluation.sampling import sample_images
+from .finish import extractor_for
 from .opened import Drawer, How, Told, check_alike, check_picture, data_of, draw_rows, drawer, open_model, short
 from .ui import Ui
 
@@ -53,7 +54,7 @@ def consistency(
     original = drawer(opened, how.guidance, teacher_steps, how.clip, steps_field="teacher-steps")
     check_alike(student.denoiser, original.denoiser, "teacher")
     splits, protocol = data_of(student.model, data)
-    extractor = make_extractor(protocol.extractor, splits, device=runtime.device, source=protocol.source)
+    extractor = extractor_for(protocol, splits, runtime, ui)
     # Of many classes the first ones, so that each has two images.
     labels = torch.arange(count) % min(student.denoiser.num_classes, count // 2)
     theirs, mine = (_drawn(who, labels, how, ui, role) for who, role in ((original, "teacher"), (student, "student")))

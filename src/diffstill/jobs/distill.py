@@ -226,7 +226,7 @@ def distill(
     folder = RunFolder(out, resolved(recipe), inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)
     if folder.finished:
         return Finished(out, Receipt.load(folder.receipt), already=True)
-    evaluator = evaluator_for(recipe.evaluation, data, runtime, out)
+    evaluator = evaluator_for(recipe.evaluation, data, runtime, ui, out)
     folder.claim()
     runtime.barrier()
     teacher, summaries, warnings = obtain_teacher(recipe, data, folder, runtime, ui)

@@ -16,10 +16,11 @@ from ..diffusion.interpolation import lerp, slerp
 from ..diffusion.sampling import Predict, ddim_sample, image_noise, level, noise_source, usual_steps
 from ..engine.runtime import Runtime
 from ..errors import InputError
-from ..evaluation.features import Extractor, extract_all, make_extractor
+from ..evaluation.features import Extractor, extract_all
 from ..evaluation.intervals import proportion
 from ..evaluation.paired import psnr, squared_error
 from ..evaluation.results import Estimate
+from .finish import extractor_for
 from .opened import (
     Batches,
     Drawer,
@@ -156,7 +157,7 @@ def transfer(
     originals = held_out(splits, [start] * count)
     if other is not model:
         splits, protocol = data_of(other, None if other.lineage and other.lineage.recipe else data)
-    extractor = make_extractor(protocol.extractor, splits, device=runtime.device, source=protocol.source)
+    extractor = extractor_for(protocol, splits, runtime, ui)
     starts, ends = torch.full((count,), start), torch.full((count,), end)
     with ui.bar("transfer", 3 * count) as bar:
         batches = Batches(how.batch_size, bar)

@@ -198,7 +198,7 @@ def evaluate(
             check_own_steps(subject.denoiser, subject.steps or spec.steps, "evaluation.steps")
         if model.guided and student.denoiser.sampler not in ("encode", "renoise"):
             check_comparable(student.denoiser, made.denoiser, splits.test if len(splits.test) else splits.train)
-    evaluator = evaluator_for(spec, splits, runtime, out)
+    evaluator = evaluator_for(spec, splits, runtime, ui, out)
     models = evaluate_subjects(subjects, evaluator, runtime, ui)
     receipt = Receipt(
         kind="eval",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from ..engine.runtime import Runtime
 from ..errors import InputError
 from ..evaluation.distances import make_distance
 from ..evaluation.encoding import decode, encode
-from ..evaluation.features import make_extractor
+from ..evaluation.features import Extractor, make_extractor
 from ..evaluation.few_shot import FewShotFigures
 from ..evaluation.protocol import REPLICATED, EvalSettings, Evaluator
 from ..evaluation.results import ModelEvaluation, Protocol
@@ -34,7 +35,7 @@ from ..report.pictures import class_grid, grid, pairs_grid, save_png
 from ..report.receipt import Ancestor, DataSummary, Receipt, TrainingSummary, environment
 from .build import Teacher
 from .folder import RunFolder
-from .ui import Ui
+from .ui import Bar, Ui
 
 GRID_PER_CLASS = 8
 SWEEP_IMAGES = 10
@@ -103,13 +104,28 @@ def check_out(out: Path) -> None:
         raise InputError("out", str(out), "name another folder", problem="holds a run, whose receipt would be lost")
 
 
-def evaluator_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime, out: Path | None = None) -> Evaluator:
+def extractor_for(spec: EvaluationSpec, data: DataSplits, runtime: Runtime, ui: Ui) -> Extractor:
+    """The protocol's extractor. A classifier that the cache does not hold is trained, which takes minutes and a bar."""
+    with ExitStack() as shown:
+        bars: list[Bar] = []
+
+        def tell(done: float) -> None:
+            if not bars:
+                bars.append(shown.enter_context(ui.bar("train the classifier that measures, once for this data", 1.0)))
+            bars[0].update(done)
+
+        return make_extractor(spec.extractor, data, device=runtime.device, source=spec.source, progress=tell)
+
+
+def evaluator_for(
+    spec: EvaluationSpec, data: DataSplits, runtime: Runtime, ui: Ui, out: Path | None = None
+) -> Evaluator:
     """The evaluator of a recipe's protocol; made before training, so that a missing extractor is said at once.
 
     Args:
         out: the run's folder, under which samples are kept where the recipe says so; None keeps none.
     """
-    extractor = make_extractor(spec.extractor, data, device=runtime.device, source=spec.source)
+    extractor = extractor_for(spec, data, runtime, ui)
     settings = EvalSettings(
         samples=spec.samples,
         steps=spec.steps,

@@ -113,7 +113,7 @@ def evaluate_images(
     splits = load_data(override_section(DataSpec.parse(data), data_overrides, "data"))
     pictures, labelled = open_images(source, splits.shape)
     protocol = (spec or EvaluationSpec()).model_copy(update={"samples": len(pictures)})
-    evaluator = evaluator_for(protocol, splits, runtime)
+    evaluator = evaluator_for(protocol, splits, runtime, ui)
     named = _relabelled(pictures, splits) if labelled else None
     pictures, known = named or pictures, named is not None
     with ui.bar(f"measure {len(pictures)} images", 1.0) as bar:

@@ -127,7 +127,7 @@ def train(recipe: TrainRecipe, out: Path, runtime: Runtime, ui: Ui, *, fresh: bo
     folder = RunFolder(out, resolved(recipe), inputs, fresh=fresh, write=runtime.is_main)
     if folder.finished:
         return Finished(out, Receipt.load(folder.receipt), already=True)
-    evaluator = evaluator_for(recipe.evaluation, data, runtime, out)
+    evaluator = evaluator_for(recipe.evaluation, data, runtime, ui, out)
     folder.claim()
     runtime.barrier()
     teacher, summary, warnings = train_teacher(recipe, data, out, folder.model, runtime, ui)
