@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffstill.checks.bench import tiny_denoiser
 from diffstill.engine.runtime import Runtime
@@ -34,6 +37,7 @@ from diffstill.recipe import (
     to_yaml,
 )
 from diffstill.recipe.named import NETWORKS
+from diffstill.yaml_text import read_yaml, write_yaml
 
 NAMES = sorted(builtin_recipes())
 IMAGES = {
@@ -247,3 +251,48 @@ def test_published_arithmetic() -> None:
     assert flops[0] == pytest.approx(12.44e9, rel=1e-3)
     assert flops[1] == pytest.approx(2.15e9, rel=2e-3)
     assert flops[0] / flops[1] == pytest.approx(5.78, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("010", 10),  # version 1.1: 8
+        ("08", 8),
+        ("0o10", 8),
+        ("0x1F", 31),
+        ("+3", 3),
+        ("1e-3", 0.001),  # 1.1: text
+        ("-.5", -0.5),
+        ("2.", 2.0),
+        (".inf", math.inf),
+        ("1:30", "1:30"),  # 1.1: 90
+        ("no", "no"),  # 1.1: false
+        ("2026-11-28", "2026-11-28"),  # 1.1: a date
+        ("=", "="),
+        ("true", True),
+        ("False", False),
+        ("", None),
+        ("~", None),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    for read in (read_yaml(text), read_yaml(f"[{text}, 1]")[0] if text else None, read_yaml(f"key: {text}")["key"]):
+        assert read == value
+        assert type(read) is type(value)
+
+
+def test_a_leading_zero_does_not_make_a_seed_octal() -> None:
+    assert load_recipe("digits-teacher", ["seed=010"]).seed == 10
+
+
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(),
+    st.sampled_from(["no", "010", "1e3", "0o7", "1:30", "=", "<<", "null", "2026-11-28", "-.5", "1_0", ".inf", "~"]),
+)  # fmt: skip
+
+
+@given(st.recursive(SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=6))
+def test_what_is_written_as_yaml_is_read_back_as_it_was(value: Any) -> None:
+    read = read_yaml(write_yaml(value))
+    assert read == value
+    assert repr(read) == repr(value)  # 1 == 1.0 == True

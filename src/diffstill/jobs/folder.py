@@ -16,6 +16,7 @@ from ..disk import write_text
 from ..errors import InputError, RunFailed
 from ..recipe import differences, without_places
 from ..report.receipt import Receipt
+from ..yaml_text import read_yaml, write_yaml
 
 try:
     import fcntl
@@ -138,7 +139,7 @@ class Home(ABC):
             self._lock = Lock(self.path)
             if self._fresh:
                 empty(self.path)
-            text = yaml.safe_dump(dict(self._recipe), sort_keys=False, allow_unicode=True)
+            text = write_yaml(dict(self._recipe))
             write_text(self.path / "recipe.yaml", text)
             self._write_marks()
         except OSError as error:
@@ -155,7 +156,7 @@ class Home(ABC):
     def _held(self, name: str) -> dict[str, Any]:
         try:
             text = (self.path / name).read_text(encoding="utf-8")
-            held = json.loads(text) if name.endswith(".json") else yaml.safe_load(text)
+            held = json.loads(text) if name.endswith(".json") else read_yaml(text)
         except (OSError, yaml.YAMLError, ValueError) as error:
             raise InputError("out", str(self.path), "use --fresh", problem=f"has a broken {name} ({error})") from None
         return held if isinstance(held, dict) else {}

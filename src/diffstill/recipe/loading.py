@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from importlib import resources
@@ -13,6 +12,7 @@ import yaml
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from ..errors import InputError
+from ..yaml_text import read_yaml, write_yaml
 from .chain import ChainRecipe
 from .problems import nearest, one_line
 from .schema import DistillRecipe, TrainRecipe
@@ -21,28 +21,6 @@ S = TypeVar("S", bound=BaseModel)
 AnyRecipe = TrainRecipe | DistillRecipe | ChainRecipe
 ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Annotated[AnyRecipe, Field(discriminator="kind")])
 KINDS: dict[str, type[BaseModel]] = {"train": TrainRecipe, "distill": DistillRecipe, "chain": ChainRecipe}
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (1e-3), and a refusal of keys that stand twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"the key {key!r} is no text {key_node.start_mark}")
-            if key in seen:
-                raise yaml.YAMLError(f"the key {key!r} stands twice {key_node.start_mark}")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
 
 
 def builtin_recipes() -> dict[str, str]:
@@ -142,7 +120,7 @@ def without_places(recipe: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_yaml(recipe: BaseModel) -> str:
-    return yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True)
+    return write_yaml(resolved(recipe))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -175,7 +153,7 @@ def _tree(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
         mend = "see diffstill list recipes, or give a YAML path"
         raise InputError("recipe", name, mend, problem=f"is not known{hint}")
     try:
-        tree = yaml.load(text, Loader=_Loader)
+        tree = read_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise InputError("recipe", where, " ".join(str(error).split()), problem="is no valid YAML") from None
     if not isinstance(tree, dict):
@@ -238,7 +216,7 @@ def _split(item: str) -> tuple[str, Any]:
     if not equals or not key:
         raise InputError("override", item, "write key=value, e.g. training.lr=1e-3")
     try:
-        return key, yaml.load(text, Loader=_Loader)
+        return key, read_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError):
         raise InputError(key, text, "write the value as YAML: 3, true, [1, 2]", problem="is no valid YAML") from None
 

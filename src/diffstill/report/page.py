@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import yaml
 from markupsafe import Markup
 
 from .. import __version__
 from ..disk import write_text
 from ..evaluation.results import Estimate, ModelEvaluation, Protocol
+from ..yaml_text import write_yaml
 from . import arena_views, compare, curves, few_shot, frontier, plots, views, words
 from .arena import ArenaResult
 from .receipt import DataSummary, Environment, Receipt
@@ -42,7 +42,7 @@ def _write(template: str, out: str | Path, title: str, **content: Any) -> Path:
 
 
 def _yaml(recipe: Mapping[str, Any]) -> str:
-    return yaml.safe_dump(dict(recipe), sort_keys=True, allow_unicode=True) if recipe else ""
+    return write_yaml(dict(recipe), sort_keys=True) if recipe else ""
 
 
 def write_report(receipt: Receipt, run_dir: str | Path, out: str | Path) -> Path:
