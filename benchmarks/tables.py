@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from diffstill.report.arena import ArenaArm, ArenaResult, Budget, best_fd, fidel
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ("dash", "decisions", "guided", "chain", "sfddm", "unidad", "cifar10")
 PAGES = ("README.md", *(f"docs/{name}.md" for name in DOCS))
+CASCADE, NATURAL_FILE = "cascade-digits-grid.json", "cascade-cifar10-small.json"
 MARKED = re.compile(r"<!-- begin: measured ([\w -]+) -->\n(.*?)<!-- end -->", re.DOTALL)
 
 
@@ -136,7 +137,7 @@ def guided_grid() -> str:
     rows += [[f"student, stochastic, {n} steps", f"stochastic-{n}"] for n in (16, 8, 4, 2)]
     rows += [[f"teacher as it is, {n} step{'s' * (n > 1)}", f"teacher@{n}"] for n in (16, 8, 4, 2, 1)]
     return words.markdown(
-        ["", "NFE", *(f"s = {s}" for s in scales), "agreement, s = 2"],
+        ["", "NFE, s > 1", *(f"s = {s}" for s in scales), "agreement, s = 2"],
         [
             [label, str(models[name]["nfe"]), *(cell(models[name], f"s={s} fd") for s in scales),
              cell(models[name], "s=2 class_agreement")]
@@ -145,30 +146,63 @@ def guided_grid() -> str:
     )  # fmt: skip
 
 
-def cascade(rows: dict[str, str]) -> Callable[[], str]:
+def at_best(model: dict[str, Any]) -> tuple[str, int]:
+    """The scales of the seeds' lowest distances, and the network evaluations an image there: at s = 1 a model of two
+    passes a step needs one."""
+    sweeps = {
+        figure[2:-3]: told["seeds"] for figure, told in model["figures"].items() if re.fullmatch(r"s=\S+ fd", figure)
+    }
+    best = {min(sweeps, key=lambda scale: sweeps[scale][seed]) for seed in range(len(next(iter(sweeps.values()))))}
+    single = best == {"1"} and model["nfe"] == 2 * model["steps"]
+    return ", ".join(sorted(best, key=float)), model["steps"] if single else model["nfe"]
+
+
+def cascade(rows: dict[str, str], file: str = CASCADE, distance: str = "FD-digits") -> Callable[[], str]:
     """Stage by stage: what it costs beside the teacher, and what is left."""
 
     def made() -> str:
-        models = chain_models(CASCADE)
-        dear = models["teacher"]["flops_image"]
+        models = chain_models(file)
+
+        def flops(m: dict[str, Any]) -> float:
+            return float(m["flops_image"]) / m["nfe"] * at_best(m)[1]
 
         def row(label: str, m: dict[str, Any]) -> list[str]:
-            fewer = f"{words.number(dear / m['flops_image'])}x"
-            told = [label, words.count(m["parameters"]), str(m["nfe"]), fewer]
-            return [*told, *(cell(m, f) for f in ("best fd", "best fd / first", "ratio", "cosine", "s=2 response"))]
+            scale, nfe = at_best(m)
+            told = [label, words.count(m["parameters"]), cell(m, "best fd"), scale, str(nfe)]
+            told.append(f"{words.number(flops(models['teacher']) / flops(m))}x")
+            return [*told, *(cell(m, f) for f in ("best fd / first", "ratio", "cosine", "s=2 response"))]
 
         header = [
             "",
             "parameters",
-            "NFE",
+            f"best {distance}",
+            "at s",
+            "NFE there",
             "fewer FLOPs",
-            "best FD-digits",
             "of the teacher's",
             "gap ratio",
             "gap cosine",
         ]
         return words.markdown(
             [*header, "response, s = 1 to 2"], [row(label, models[name]) for name, label in rows.items()]
+        )
+
+    return made
+
+
+def by_scale(rows: dict[str, str], file: str, scales: Sequence[str]) -> Callable[[], str]:
+    """Distance at every scale, and the share of samples of the class asked for at the first and at the last."""
+
+    def made() -> str:
+        models, ends = chain_models(file), (scales[0], scales[-1])
+        header = ["", "NFE, s > 1", *(f"s = {s}" for s in scales), *(f"agreement, s = {s}" for s in ends)]
+        asked = [*(f"s={s} fd" for s in scales), *(f"s={s} class_agreement" for s in ends)]
+        return words.markdown(
+            header,
+            [
+                [label, str(models[name]["nfe"]), *(cell(models[name], figure) for figure in asked)]
+                for name, label in rows.items()
+            ],
         )
 
     return made
@@ -203,18 +237,28 @@ def cifar10(made: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
     return told
 
 
-CASCADE = "cascade-digits-grid.json"
+SMALL_AND_FAST = {
+    "small": "DASH student",
+    "dial": "one pass at any scale",
+    **{f"steps-{n}": f"{n} step{'s' * (n > 1)}" for n in (8, 4, 2, 1)},
+}
+NATURAL = {
+    "teacher": "teacher, 25 guided steps",
+    **SMALL_AND_FAST,
+    "teacher@8": "the teacher as it is, 8 guided steps",
+    "teacher@4": "the teacher as it is, 4 guided steps",
+}
 TABLES: dict[str, Callable[[], str]] = {
     "guided grid": guided_grid,
     "cascade": cascade(
         {
             "teacher": "teacher, 50 guided steps",
-            "small": "DASH student",
-            "dial": "one pass at any scale",
-            **{f"steps-{n}": f"{n} step{'s' * (n > 1)}" for n in (8, 4, 2, 1)},
+            **SMALL_AND_FAST,
             "teacher@4": "the teacher as it is, 4 guided steps",
         }
     ),
+    "cascade natural": cascade(NATURAL, NATURAL_FILE, "FD-cifar10"),
+    "cascade natural by scale": by_scale(NATURAL, NATURAL_FILE, ("1", "1.5", "2", "3", "4")),
     "orders": cascade(
         {
             "steps-4": "small (DASH), then the scale, then 4 steps",

@@ -47,11 +47,32 @@ def test_arena_pairs_the_arms(
 
 
 def test_generators_of_few_steps_are_arms_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Measured in all of their steps, whatever the protocol's number."""
-    command = ["arena", "digits-dash", *TINY, "arena.equal_seconds=false", "--methods", "dash,unidad", "--seeds", "1"]
-    assert main([*command, "--quiet", "--json", "--out", str(tmp_path / "a")]) == 0
-    steps = [arm["seeds"][0]["evaluation"]["steps"] for arm in json.loads(capsys.readouterr().out)["arms"]]
-    assert steps == [4, 3]
+    """Measured in all of their steps, whatever the protocol's number; in any order, no arm changes another."""
+    weights = []
+    for order in ("dash,unidad", "unidad,dash"):
+        command = ["arena", "digits-dash", *TINY, "arena.equal_seconds=false", "--methods", order, "--seeds", "1"]
+        assert main([*command, "--quiet", "--json", "--out", str(tmp_path / order)]) == 0
+        arms = {arm["name"]: arm["seeds"][0]["evaluation"] for arm in json.loads(capsys.readouterr().out)["arms"]}
+        assert (arms["dash"]["steps"], arms["unidad"]["steps"]) == (4, 3)
+        weights.append({name: arm["sha256"] for name, arm in arms.items()})
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        (["training.teacher_reuse=2", "--methods", "unidad"], "training.teacher_reuse: 2 would only repeat batches"),
+        (["evaluation.guidance=[1, 9]", "--methods", "guided"], "evaluation.guidance: '9' leaves the scales"),
+    ],
+)
+def test_an_arm_refuses_what_the_main_student_would(
+    extra: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    guided = ["teacher.overrides={prediction_type: v_prediction, method.curriculum.snr_form: v}"]
+    command = ["arena", "digits-dash", *TINY, *guided, "student={family: teacher}", *extra, "--seeds", "1"]
+    assert main([*command, "--quiet", "--out", str(tmp_path / "a")]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
 
 
 def test_equal_seconds_gives_cheap_arms_more_images_and_dear_ones_none() -> None:

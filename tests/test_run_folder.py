@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,16 @@ def test_fresh_keeps_what_no_run_made_and_what_the_recipe_reads(
     with pytest.raises(InputError, match=r"^out: 'run' holds files that no run made \(thesis\.txt\)"):
         RunFolder(run, {"seed": 1}, {}, fresh=True)
     (run / "thesis.txt").unlink()
+    for name in (".git", ".env", "seed-photos", "seed-list.txt", "notes.tmp", ".notes.12.tmp", ".thesis.writing"):
+        (run / name).mkdir()
+        with pytest.raises(InputError, match=f"holds files that no run made \\({re.escape(name)}\\)"):
+            RunFolder(run, {"seed": 1}, {}, fresh=True)
+        (run / name).rmdir()
+    left = (".model.writing", ".model.replaced", ".receipt.json.812.tmp", "log.tmp", "seed-3", "seed-3-seconds")
+    for name in left:
+        (run / name).mkdir()
+    RunFolder(run, {"seed": 1}, {"data": "a"}, fresh=True).claim()
+    assert not any((run / name).exists() for name in left)
     (run / "model").mkdir()
     for source in ("run/model", "folder:run/model", str(run.resolve() / "model")):
         with pytest.raises(InputError, match=r"holds .*run/model, which the recipe reads, and --fresh would lose it"):

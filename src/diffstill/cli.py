@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -169,16 +170,24 @@ def build_parser() -> Parser:
     return parser
 
 
-def _print(arguments: argparse.Namespace, value: Any, text: str) -> None:
-    print(json.dumps(value) if arguments.json else text)
+def _print(arguments: argparse.Namespace, value: Any, text: str, *, speaks: bool = True) -> int:
+    """The result, as JSON where asked; of several processes the first alone speaks."""
+    if speaks:
+        print(json.dumps(value) if arguments.json else text)
+    return 0
 
 
-def _session(arguments: argparse.Namespace, device: str) -> tuple[Any, Any]:
+@contextmanager
+def _session(arguments: argparse.Namespace, device: str = "auto") -> Iterator[tuple[Any, Any]]:
+    """The runtime, closed in the end, and the ui; of several processes the first alone speaks."""
     from .console import make_ui
     from .engine.runtime import Runtime
 
     runtime = Runtime(arguments.device or device)
-    return runtime, make_ui(quiet=arguments.quiet or arguments.json, speaks=runtime.is_main)
+    try:
+        yield runtime, make_ui(quiet=arguments.quiet or arguments.json, speaks=runtime.is_main)
+    finally:
+        runtime.close()
 
 
 def _load(arguments: argparse.Namespace, name: str | None = None) -> Any:
@@ -192,11 +201,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     recipe = _load(arguments, "digits-dash")
     out = arguments.out or Path("runs/demo")
-    runtime, ui = _session(arguments, recipe.device)
-    try:
+    with _session(arguments, recipe.device) as (runtime, ui):
         finished = distill(recipe, out, runtime, ui, fresh=arguments.fresh, kind="demo")
-    finally:
-        runtime.close()
     return _tell(arguments, finished, runtime)
 
 
@@ -208,17 +214,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
     recipe = _load(arguments)
     require_kind(recipe, arguments.command)
-    runtime, ui = _session(arguments, recipe.device)
-    if arguments.dry_run:
-        planned = plan(recipe, runtime)
-        _print(arguments, planned.as_json(), planned.as_text())
-        return 0
-    out = arguments.out or Path("runs") / recipe.name
-    try:
+    with _session(arguments, recipe.device) as (runtime, ui):
+        if arguments.dry_run:
+            planned = plan(recipe, runtime)
+            return _print(arguments, planned.as_json(), planned.as_text(), speaks=runtime.is_main)
+        out = arguments.out or Path("runs") / recipe.name
         job: Any = {"train": train, "distill": distill, "chain": chain}[recipe.kind]
         finished = job(recipe, out, runtime, ui, fresh=arguments.fresh)
-    finally:
-        runtime.close()
     return _tell(arguments, finished, runtime)
 
 
@@ -226,6 +228,7 @@ def _arena(arguments: argparse.Namespace) -> int:
     from .jobs.arena import arena, choose_arms
     from .jobs.plan import plan
     from .jobs.train import require_kind
+    from .report.arena import markdown_table
 
     recipe = _load(arguments)
     require_kind(recipe, "distill")
@@ -233,22 +236,15 @@ def _arena(arguments: argparse.Namespace) -> int:
         raise InputError("seeds", arguments.seeds, "use 1 or more")
     chosen = arguments.methods.split(",") if arguments.methods else None
     arms = choose_arms(recipe, chosen)
-    runtime, ui = _session(arguments, recipe.device)
-    if arguments.dry_run:
-        planned = plan(recipe, runtime, arms, seeds=arguments.seeds)
-        _print(arguments, planned.as_json(), planned.as_text())
-        return 0
-    out = arguments.out or Path("runs") / f"arena-{recipe.name}"
-    try:
+    with _session(arguments, recipe.device) as (runtime, ui):
+        if arguments.dry_run:
+            planned = plan(recipe, runtime, arms, seeds=arguments.seeds)
+            return _print(arguments, planned.as_json(), planned.as_text(), speaks=runtime.is_main)
+        out = arguments.out or Path("runs") / f"arena-{recipe.name}"
         result = arena(recipe, out, runtime, ui, methods=chosen, seeds=arguments.seeds, fresh=arguments.fresh)
-    finally:
-        runtime.close()
-    if runtime.is_main:
-        from .report.arena import markdown_table
-
-        tables = [f"{budget.replace('_', ' ')}\n\n{markdown_table(result, budget)}" for budget in result.budgets()]
-        _print(arguments, result.model_dump(mode="json"), "\n".join([*tables, f"report: {out / 'report.html'}"]))
-    return 0
+    tables = [f"{budget.replace('_', ' ')}\n\n{markdown_table(result, budget)}" for budget in result.budgets()]
+    told = "\n".join([*tables, f"report: {out / 'report.html'}"])
+    return _print(arguments, result.model_dump(mode="json"), told, speaks=runtime.is_main)
 
 
 def _tell(arguments: argparse.Namespace, finished: Any, runtime: Any) -> int:
@@ -263,44 +259,40 @@ def _tell(arguments: argparse.Namespace, finished: Any, runtime: Any) -> int:
     lines += [f"report:  {finished.folder / 'report.html'}", f"receipt: {finished.folder / 'receipt.json'}"]
     if (finished.folder / "model").exists():
         lines.append(f"model:   {finished.folder / 'model'}")
-    _print(arguments, receipt.model_dump(mode="json"), "\n".join(lines))
-    return 0
+    return _print(arguments, receipt.model_dump(mode="json"), "\n".join(lines))
 
 
 def _sample(arguments: argparse.Namespace) -> int:
     from .jobs.evaluate import sample
 
-    runtime, ui = _session(arguments, "auto")
     if arguments.batch_size < 1:
         raise InputError("batch-size", arguments.batch_size, "use 1 or more")
-    path = sample(
-        arguments.model, arguments.out or Path("samples.png"), runtime, ui, guidance=arguments.guidance,
-        steps=arguments.steps, labels=arguments.labels, count=arguments.count, seed=arguments.seed,
-        clip=arguments.clip, batch_size=arguments.batch_size,
-    )  # fmt: skip
-    _print(arguments, {"out": str(path)}, f"wrote {path}")
-    return 0
+    with _session(arguments) as (runtime, ui):
+        path = sample(
+            arguments.model, arguments.out or Path("samples.png"), runtime, ui, guidance=arguments.guidance,
+            steps=arguments.steps, labels=arguments.labels, count=arguments.count, seed=arguments.seed,
+            clip=arguments.clip, batch_size=arguments.batch_size,
+        )  # fmt: skip
+    return _print(arguments, {"out": str(path)}, f"wrote {path}", speaks=runtime.is_main)
 
 
 def _picture(arguments: argparse.Namespace) -> int:
     """The commands of ``cli_edit``."""
-    runtime, ui = _session(arguments, "auto")
-    told = arguments.job(arguments, runtime, ui)
-    _print(arguments, told.as_json(), told.as_text())
-    return 0
+    with _session(arguments) as (runtime, ui):
+        told = arguments.job(arguments, runtime, ui)
+    return _print(arguments, told.as_json(), told.as_text(), speaks=runtime.is_main)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
     from .jobs.evaluate import evaluate, of_data, protocol_of
     from .jobs.images import evaluate_images, holds_images, protocol_of_images, refuse_pictures
 
-    runtime, ui = _session(arguments, "auto")
     named = Path(arguments.model.partition(":")[2] or arguments.model)
     name = "-".join(named.resolve().parts[-2:])
     out = arguments.out or Path("runs") / f"eval-{name.removesuffix('.npz').removesuffix('.parquet')}"
     data_overrides, overrides = of_data(arguments.overrides)
     asked = {"data": arguments.data, "data_overrides": data_overrides}
-    try:
+    with _session(arguments) as (runtime, ui):
         if holds_images(arguments.model):
             if arguments.teacher is not None:
                 mend = "leave it out: images have no guidance to compare"
@@ -311,8 +303,6 @@ def _eval(arguments: argparse.Namespace) -> int:
             refuse_pictures(arguments.model)
             told = protocol_of(arguments.model, overrides)
             finished = evaluate(arguments.model, out, runtime, ui, teacher=arguments.teacher, spec=told, **asked)
-    finally:
-        runtime.close()
     return _tell(arguments, finished, runtime)
 
 
@@ -320,8 +310,7 @@ def _report(arguments: argparse.Namespace) -> int:
     from .jobs.report import report
 
     path = report(arguments.runs, arguments.out)
-    _print(arguments, {"out": str(path)}, f"wrote {path}")
-    return 0
+    return _print(arguments, {"out": str(path)}, f"wrote {path}")
 
 
 def _list(arguments: argparse.Namespace) -> int:
@@ -330,8 +319,7 @@ def _list(arguments: argparse.Namespace) -> int:
     rows = listing(arguments.what)
     widths = [max(map(len, column)) for column in zip(*(row.values() for row in rows), strict=True)]
     lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row.values(), widths, strict=True)) for row in rows)
-    _print(arguments, rows, "\n".join(line.rstrip() for line in lines))
-    return 0
+    return _print(arguments, rows, "\n".join(line.rstrip() for line in lines))
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.compiled import has_compiler
 from ..engine.log import read_log
 from ..engine.loop import Trainer
 from ..engine.state import load_latest
@@ -232,7 +232,7 @@ def compiled(bench: Bench) -> str:
     """torch.compile changes nothing beyond rounding, or the engine sees that it does and goes without."""
     if not bench.method_class.compiles:
         raise NotApplicable("the method asks not to be compiled")
-    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++", "cl")):
+    if not has_compiler(torch.device("cpu")):
         raise NotApplicable("torch.compile needs a C++ compiler here, and there is none")
     with scratch() as folder:
         runs: list[Trainer] = []

@@ -80,11 +80,19 @@ class NoiseSchedule:
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> NoiseSchedule:
-        """From any diffusers scheduler with a ``betas`` table (DDPM, DDIM, DPM-Solver...)."""
+        """From any diffusers scheduler with a ``betas`` table (DDPM, DDIM, DPM-Solver...).
+
+        Raises:
+            ValueError: betas outside (0, 1), or signal levels that are not their product: zero terminal SNR, shifts.
+        """
         name = scheduler.config.get("diffstill_schedule") or scheduler.config.get("beta_schedule", "trained")
         trained = scheduler.config.get("trained_betas")
         betas = torch.tensor(trained, dtype=torch.float64) if trained is not None else scheduler.betas.double()
-        return cls(str(name), betas)
+        made = cls(str(name), betas)
+        levels = getattr(scheduler, "alphas_cumprod", None)
+        if levels is not None and not torch.allclose(levels.double(), made.alphas_cumprod, rtol=1e-3, atol=1e-6):
+            raise ValueError("its noise levels are not those of its betas: rescaled or shifted")
+        return made
 
     @property
     def T(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -19,9 +20,11 @@ TOLERANCE = 0.05
 
 
 def has_compiler(device: torch.device) -> bool:
-    """Whether ``torch.compile`` finds what it needs: a C++ compiler for the CPU, Triton for CUDA."""
+    """Whether ``torch.compile`` finds what it needs: for the CPU the one C++ compiler that Inductor tries, for CUDA
+    Triton."""
     if device.type == "cpu":
-        return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))
+        usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+        return shutil.which(os.environ.get("CXX", usual)) is not None
     return device.type == "cuda"
 
 

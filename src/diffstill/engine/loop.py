@@ -186,6 +186,8 @@ class Trainer:
             clock = self._tick()
             self._step(arm, parts)
             arm.seconds += self._tick() - clock
+            if self.timed:  # as if it had been alone
+                arm.seconds += sum(teacher.owed(arm.name) for _, teacher in parts if teacher is not None)
             self.warnings += [line for line in arm.warnings if line not in self.warnings]
         if self.timed:
             self._leave_out_start(active, before)
@@ -210,9 +212,9 @@ class Trainer:
         shown, window = self._shown(self.images_seen)
         if shown not in self._cache or self.settings.teacher_reuse == 1:
             wants = union_of_needs(active)
-            asks = self.teacher is not None and bool(wants)
+            teacher = self.teacher if wants else None
             made = [
-                (part, TeacherOutputs(self.teacher, part, wants) if asks and self.teacher is not None else None)
+                (part, None if teacher is None else TeacherOutputs(teacher, part, wants, self._tick))
                 for part in micro_batches(self.stream.batch(shown), self.settings.micro_batch)
             ]
             self._cache = {key: value for key, value in self._cache.items() if key in window}

@@ -86,8 +86,8 @@ def arena(
     reference = recipe.arena.reference if recipe.arena.reference in arms else next(iter(arms))
     blank = blank_teacher(recipe, data)
     check_run(recipe, blank.denoiser.schedule.T, runtime)
+    check_data(data, blank.denoiser)
     for spec in arms.values():
-        check_data(data, blank.denoiser)
         build_arm(recipe, spec, blank, recipe.seed)
     identity = resolved(recipe.model_copy(update={"arena": recipe.arena.model_copy(update={"arms": arms})}))
     folder = RunFolder(out, identity, inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)

@@ -131,7 +131,7 @@ def _smaller(spec: NetworkSpec, teacher: Denoiser, scale_input: bool) -> Network
         mend = f"leave it out, or name a family and its sizes: {', '.join(COMPONENTS)}"
         raise InputError("student.ratio", spec.ratio, mend, problem="needs a teacher that is a UNet2DModel")
     try:
-        sizes = student_for_ratio(network.config, spec.ratio or 1.0)
+        sizes = student_for_ratio(network.config, spec.ratio or 1.0, sum(p.numel() for p in network.parameters()))
     except InputError as error:
         raise error.renamed("student.ratio") from None
     family = "guided_unet2d" if scale_input or teacher.takes_scale else "unet2d"
@@ -180,7 +180,11 @@ def _check_branches(spec: MethodSpec, needs: frozenset[str], teacher: Denoiser) 
 
 
 def build_arm(recipe: DistillRecipe, spec: ArmSpec, teacher: Teacher, seed: int) -> Method:
-    """An arm's method around its student: the recipe's, with what the arm overrides."""
+    """An arm's method around its student: the recipe's, with what the arm overrides.
+
+    Raises:
+        InputError: what does not fit each other; settings or scales of the recipe that the method cannot take.
+    """
     common = recipe.student
     inherits = spec.student.get("family", common.family) == common.family
     tree = {**(common.model_dump(mode="json") if inherits else {}), **spec.student}
@@ -191,6 +195,9 @@ def build_arm(recipe: DistillRecipe, spec: ArmSpec, teacher: Teacher, seed: int)
     student = build_student(network, spec.method, teacher.denoiser, seed)
     method = build_method(spec.method, Setting(student, teacher.denoiser, teacher.curriculum), seed)
     check_live(method, teacher)
+    check_training(recipe.training, method)
+    if method.guided:
+        check_scales(method.student, recipe.evaluation.guidance, "evaluation.guidance")
     return method
 
 

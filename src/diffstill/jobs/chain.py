@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..evaluation.cost import device_name
 from ..evaluation.protocol import Evaluator
 from ..evaluation.results import ModelEvaluation
-from ..models.denoiser import Denoiser
+from ..models.denoiser import Denoiser, identity
 from ..models.folder import LoadedModel, load_model
 from ..models.lineage import weights_sha256
 from ..recipe import ChainRecipe, TrainRecipe, resolved
@@ -225,8 +225,9 @@ def _roles(stage: Stage, done: Mapping[str, Artefact]) -> dict[str, Denoiser]:
 
 
 def _inputs(stage: Stage, done: Mapping[str, Artefact], data: DataSplits) -> dict[str, Any]:
-    teacher = done[stage.of].sha256 if stage.of is not None else None
-    return stage.inputs(data, teacher, {role: weights_sha256(m.network) for role, m in _roles(stage, done).items()})
+    before = done[stage.of].loaded if stage.of is not None else None
+    teacher = identity(before.denoiser, before.guided) if before is not None else None
+    return stage.inputs(data, teacher, {role: identity(model) for role, model in _roles(stage, done).items()})
 
 
 def _train(
@@ -341,6 +342,7 @@ def _measurement(made: Artefact, data: DataSplits, evaluator: Evaluator, runtime
         "device": device_name(runtime.device),
         "model": made.sha256,
         "levels": model.schedule.fingerprint(),
+        "prediction": model.prediction_type,
         "sampler": model.sampler,
         "scales": model.scale_range,
         "guided": made.loaded.guided,

@@ -12,9 +12,8 @@ from ..engine.runtime import Runtime
 from ..errors import InputError, RunFailed
 from ..evaluation.guidance_fidelity import FidelityProbe
 from ..methods import METHODS, Method, Setting
-from ..models.denoiser import Denoiser
+from ..models.denoiser import Denoiser, identity
 from ..models.folder import load_model
-from ..models.lineage import weights_sha256
 from ..recipe import DistillRecipe, TrainRecipe, load_recipe, resolved, without_places
 from ..report.receipt import Receipt, TrainingSummary
 from .build import (
@@ -98,8 +97,8 @@ def inputs_of(recipe: DistillRecipe, data: DataSplits, teacher: Teacher) -> dict
     if upstream:
         named: dict[str, Any] = {"recipe": without_places(resolved(upstream)), "data": teacher.trained_on}
     else:
-        named = {"weights": weights_sha256(teacher.denoiser.network)}
-    roles = {role: weights_sha256(model.network) for role, model in open_roles(recipe.roles).items()}
+        named = {"model": identity(teacher.denoiser, teacher.guided)}
+    roles = {role: identity(model) for role, model in open_roles(recipe.roles).items()}
     return {"data": data.fingerprint(), "teacher": named} | ({"roles": roles} if roles else {})
 
 
@@ -217,10 +216,8 @@ def distill(
     data = load_data(recipe.data)
     blank = blank_teacher(recipe, data)
     _, method = prepare_student(recipe, data, blank)
-    for name, spec in recipe.beside.items():
-        beside = build_arm(recipe, spec, blank, recipe.seed)
-        if beside.guided:
-            check_scales(beside.student, recipe.evaluation.guidance, f"beside.{name}")
+    for spec in recipe.beside.values():
+        build_arm(recipe, spec, blank, recipe.seed)
     check_run(recipe, blank.denoiser.schedule.T, runtime)
     check_steps(recipe, blank.denoiser, method.student)
     folder = RunFolder(out, resolved(recipe), inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)

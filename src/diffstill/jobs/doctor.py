@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import __version__
+from ..engine.compiled import has_compiler
 from ..engine.runtime import native_bf16
 from ..errors import install
 
@@ -43,7 +44,7 @@ def examine() -> dict[str, Any]:
     devices = [_gpu(i) for i in range(torch.cuda.device_count())] if cuda else []
     if not cuda:
         notes.append("no CUDA device: everything runs on the CPU; recipes for 32x32 images want a GPU")
-    if shutil.which("c++") is None and shutil.which("g++") is None:
+    if not has_compiler(torch.device("cpu")):
         notes.append("no C++ compiler: training.compile=true would fail on the CPU")
     free = shutil.disk_usage(os.getcwd()).free / 2**30
     if free < 1:

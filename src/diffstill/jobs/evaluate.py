@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..data.sources import DataSpec, load_data
-from ..diffusion.guidance import GuidanceSchedule, parse_guidance
+from ..diffusion.guidance import Constant, GuidanceSchedule, parse_guidance
 from ..diffusion.sampling import ClipMode, steps_mend, usual_steps
 from ..engine.runtime import Runtime
 from ..errors import InputError, RunFailed
@@ -51,7 +51,7 @@ def guidance_of(text: str | None, model: LoadedModel) -> GuidanceSchedule:
         made = parse_guidance(text if text is not None else model.default_guidance)
     except ValueError as error:
         raise InputError("guidance", text, str(error).rpartition("; ")[2]) from None
-    if not model.guided and text is not None and text != "1":
+    if not model.guided and text is not None and made != Constant(1.0):
         why = "is unconditional" if model.denoiser.unconditional else "has one scale baked in"
         raise InputError("guidance", text, "leave it out", problem=f"cannot be set: this model {why}")
     if model.guided:

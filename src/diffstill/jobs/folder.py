@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -26,8 +27,16 @@ except ImportError:  # not a POSIX system
 MADE = ("log.jsonl", "checkpoints", "model", "teacher", "stages", "models", "samples", "pictures", "evaluations",
         "receipt.json", "report.html", "arena.json", "recipe.yaml", "inputs.json")  # fmt: skip
 """What runs write into their folder, the marks of a run last: an emptying that is stopped can be repeated."""
-SEEDS = "seed-"
-"""What the folders of an arena's passes begin with."""
+PASSES = re.compile(r"seed-\d+(-seconds)?")
+"""The folders of an arena's passes."""
+UNFINISHED = re.compile(r"log\.tmp|\.lock|\.(?P<of>.+)\.(writing|replaced|\d+\.tmp)")
+"""What a run that was killed leaves of a file or folder, beside it."""
+
+
+def _made(name: str) -> bool:
+    """Whether a run writes a file or folder of this name, whole or not yet."""
+    half = UNFINISHED.fullmatch(name)
+    return name in MADE or PASSES.fullmatch(name) is not None or (half is not None and half["of"] in (None, *MADE))
 
 
 def _leaves(tree: Any) -> Iterator[str]:
@@ -47,11 +56,7 @@ def check_fresh(path: Path, recipe: Mapping[str, Any]) -> None:
     Raises:
         InputError: a folder with other files, or with something that the recipe itself reads.
     """
-    others = sorted(
-        entry.name
-        for entry in path.iterdir()
-        if entry.name not in MADE and not entry.name.startswith((SEEDS, ".")) and not entry.name.endswith(".tmp")
-    )
+    others = sorted(entry.name for entry in path.iterdir() if not _made(entry.name))
     if others:
         mend = "move them, or use another --out"
         problem = f"holds files that no run made ({', '.join(others[:4])}), and --fresh would lose them"

@@ -47,7 +47,8 @@ def run_stage(
     """Trains (or resumes, or finds finished) one stage and returns its trainer."""
     stream = BatchStream(
         data.train,
-        plans[0].method.schedule,
+        # A generator of few steps has noise levels of its own, which no other arm and no teacher is asked at.
+        (teacher or plans[0].method).schedule,
         batch_size=settings.batch_size,
         seed=seed,
         device=runtime.device,

@@ -56,18 +56,19 @@ class Stage:
     roles: Mapping[str, str] = field(default_factory=dict)
     """Role -> the earlier stage, or the finished model, that it starts from."""
 
-    def inputs(self, data: DataSplits, teacher_sha256: str | None, roles: Mapping[str, str]) -> dict[str, Any]:
+    def inputs(self, data: DataSplits, teacher: str | None, roles: Mapping[str, str]) -> dict[str, Any]:
         """All that its weights are a function of.
 
         Args:
             data: its own.
-            roles: role -> hash of the weights that it starts from.
+            teacher: its ``identity``; None where it has none.
+            roles: role -> identity of the model that it starts from.
         """
         assert self.recipe is not None
         whole = without_places(resolved(self.recipe))
         kept = {key: value for key, value in whole.items() if key not in UNHASHED}
         started = {"roles": dict(roles)} if roles else {}
-        return {"recipe": kept, "data": data.fingerprint(), "teacher": teacher_sha256} | started
+        return {"recipe": kept, "data": data.fingerprint(), "teacher": teacher} | started
 
 
 def digest(inputs: Mapping[str, Any]) -> str:

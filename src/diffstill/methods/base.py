@@ -7,6 +7,7 @@ named parts. It owns its trainable roles; it never touches an optimizer, a devic
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -74,11 +75,18 @@ class TeacherOutputs:
 
     Args:
         wants: the union over methods of ``Method.teacher_needs``: of ``cond``, ``null``, ``features`` and ``model``.
+        clock: seconds; what methods are charged by for what they compute together.
     """
 
-    def __init__(self, teacher: Denoiser, batch: Batch, wants: frozenset[str]) -> None:
-        self._teacher, self._batch, self._wants = teacher, batch, wants
+    def __init__(
+        self, teacher: Denoiser, batch: Batch, wants: frozenset[str], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._teacher, self._batch, self._wants, self._clock = teacher, batch, wants, clock
         self._once: dict[str, Any] = {}
+        self._spent: dict[str, float] = {}
+        self._asked: set[str] = set()
+        self._fresh: set[str] = set()
+        self._paid: set[tuple[str, str]] = set()
 
     @cached_property
     def _computed(self) -> tuple[Tensor | None, Tensor | None, dict[str, Tensor], dict[str, Tensor]]:
@@ -130,10 +138,24 @@ class TeacherOutputs:
         if "model" not in self._wants:
             raise LookupError("the method used the teacher's model but does not list it in teacher_needs")
         if name not in self._once:
+            begun = self._clock()
             with torch.no_grad():
                 self._once[name] = compute(self._teacher, self._batch)
+            self._spent[name] = self._clock() - begun
+            self._fresh.add(name)
+        self._asked.add(name)
         found: R = self._once[name]
         return found
+
+    def owed(self, arm: str) -> float:
+        """Seconds that ``arm``, which has just been shown this batch, would have spent alone on what another arm had
+        computed by ``once``; each result is paid for once an arm."""
+        names = {name for name in self._asked if (arm, name) not in self._paid}
+        self._paid |= {(arm, name) for name in names}
+        seconds = sum(self._spent[name] for name in names - self._fresh)
+        self._asked.clear()
+        self._fresh.clear()
+        return seconds
 
 
 def _asked(value: Tensor | None, name: str) -> Tensor:

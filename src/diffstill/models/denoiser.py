@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,6 +17,7 @@ from ..diffusion.prediction import PredictionType, to_epsilon, to_x0
 from ..diffusion.sampling import SamplerName
 from ..diffusion.schedule import NoiseSchedule
 from .adapters import family_of, unwrap
+from .lineage import weights_sha256
 
 
 class Denoiser:
@@ -243,3 +246,16 @@ def measuring(device: torch.device) -> Iterator[None]:
             yield
     finally:
         matmul.allow_tf32 = was
+
+
+def identity(model: Denoiser, guided: bool = True) -> str:
+    """SHA-256 of all that a model's outputs and samples depend on: weights, noise levels, and how both are read.
+
+    Args:
+        guided: whether its null branch is live.
+    """
+    read = [model.prediction_type, model.num_classes, guided, model.sampler, model.scale_range]
+    time = None if model.time_index is None else model.time_index.tolist()
+    end = None if model.end is None else [float(part) for part in model.end]
+    facts = [weights_sha256(model.network), model.schedule.fingerprint(), *read, time, end]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -37,6 +37,10 @@ SCHEDULERS: dict[SamplerName, Any] = {
     "renoise": RenoiseScheduler,
 }
 """Samplers whose scheduler is ours and travels, by what ``Denoiser.sampler`` calls them."""
+LIBRARIES = ("diffusers", "guided_unet")
+"""Whose network classes are known: a folder's own class of a known name computes something else."""
+FURTHER_INPUTS = ("addition_embed_type", "encoder_hid_dim", "encoder_hid_dim_type")
+"""Settings of a ``UNet2DConditionModel`` by which it wants more than an image, a time and a label."""
 WEIGHTS = "diffusion_pytorch_model"
 PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
 
@@ -159,20 +163,28 @@ def _load_network(folder: Path, index: dict[str, Any]) -> Any:
     parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and name[0] != "_" and value[0]}
     families = [(part, FAMILIES[name].network_class) for name, part in COMPONENTS.items()]
     known = {part: network_class for part, network_class in families if parts.get(part) == network_class.__name__}
+    known = {part: made for part, made in known.items() if str(index[part][0]).rpartition(".")[2] in LIBRARIES}
     found = list(known)
     if len(found) != 1 or set(parts) - {found[0], "scheduler"}:
-        held = ", ".join(f"{name} {value}" for name, value in parts.items()) or "no component"
+        whole = {name: ".".join(map(str, index[name])).removeprefix("diffusers.") for name in parts}
+        held = ", ".join(f"{name} {value}" for name, value in whole.items()) or "no component"
         mend = "give a UNet2DModel, or a class-conditional UNet2DConditionModel or DiTTransformer2DModel on pixels"
         raise _bad(folder, f"holds {held}", mend)
     part = found[0]
-    state = _load_weights(folder / part)
-    config = read_json(folder, f"{part}/config.json")
+    home = folder / part if (folder / part).is_dir() else folder  # older pipelines lie flat
+    state = _load_weights(home)
+    config = read_json(home, "config.json")
+    for key in FURTHER_INPUTS:
+        if config.get(key) is not None:
+            raise _bad(folder, f"has a network with an input that nothing here gives it ({key}={config[key]!r})",
+                       "give a class-conditional model without it")  # fmt: skip
     network_class: Any = known[part]
     try:
         with torch.random.fork_rng(devices=[]):  # building draws weights that are overwritten at once
             network = network_class.from_config(config)
     except Exception as error:  # whatever a foreign config makes diffusers raise
         raise _bad(folder, f"has an unusable {part}/config.json ({_why(error)})") from error
+    network._fix_state_dict_keys_on_load(state)  # attention's names of before diffusers 0.14
     own = network.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     misfit = [name for name in own if name in state and own[name].shape != state[name].shape]
@@ -194,6 +206,9 @@ def _load_weights(part: Path) -> dict[str, Tensor]:
             if pickled:
                 mend = "convert them to safetensors: pipeline.save_pretrained(folder, safe_serialization=True)"
                 raise _bad(part, f"has only pickled weights ({pickled[0]}), which may run code", mend)
+            if variants := sorted(path.name for path in part.glob(f"{WEIGHTS}.*.safetensors*")):
+                mend = "load it with variant= and save it again without"
+                raise _bad(part, f"has the weights of a variant alone ({variants[0]})", mend)
             raise _bad(part, f"has no complete {WEIGHTS}.safetensors")
     state: dict[str, Tensor] = {}
     for file in files:
@@ -212,7 +227,8 @@ def _moved(network: Any, device: str | torch.device) -> Any:
 
 
 def load_schedule(folder: Path) -> tuple[NoiseSchedule, PredictionType]:
-    config = read_json(folder, "scheduler/scheduler_config.json")
+    inner = "scheduler/scheduler_config.json"
+    config = read_json(folder, inner if (folder / "scheduler").is_dir() else "scheduler_config.json")
     name = str(config.get("_class_name"))
     own = {made.__name__: made for made in SCHEDULERS.values()}
     scheduler_class: Any = own.get(name) or getattr(diffusers, name, None)
@@ -222,6 +238,10 @@ def load_schedule(folder: Path) -> tuple[NoiseSchedule, PredictionType]:
     except Exception as error:  # no such class, no beta table (flow matching), betas out of range
         mend = "give a model with a table of betas, such as DDIMScheduler's"
         raise _bad(folder, f"has a scheduler that cannot be used ({name}: {_why(error)})", mend) from error
+    for key, value in (("timestep_type", "continuous"), ("use_flow_sigmas", True)):
+        if config.get(key) == value:
+            mend = "give a model whose network takes the steps of its table of betas"
+            raise _bad(folder, f"has a scheduler of another notion of time ({name}, {key}={value})", mend)
     kind = scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTION_TYPES:
         raise _bad(folder, f"predicts {kind}", f"give a model that predicts {', '.join(PREDICTION_TYPES)}")
@@ -231,18 +251,18 @@ def load_schedule(folder: Path) -> tuple[NoiseSchedule, PredictionType]:
 def _classes(folder: Path, index: dict[str, Any], network: Any, has_null: bool) -> tuple[int, bool]:
     """Number of real classes, and whether there is a live null branch."""
     config = network.config
+    if (embedded := config.get("class_embed_type")) is not None:
+        problem = f"embeds its labels by class_embed_type={embedded!r}, not by a table of classes"
+        raise _bad(folder, problem, "give a model with num_class_embeds alone")
     rows = config.get("num_class_embeds") or (config.get("num_embeds_ada_norm") or -1) + 1
-    if (
-        rows == 0
-        and config.get("class_embed_type") is None
-        and (family_of(network) is UNET2D or "num_classes" in index)
-    ):
+    if rows == 0 and (family_of(network) is UNET2D or "num_classes" in index):
         if index.get("num_classes", 1) != 1 or index.get("guided", False):
             named = counted(index.get("num_classes", 1), "class")
             raise _bad(folder, f"names {named}, and its network is unconditional")
         return 1, False
     if rows < 2:
-        raise _bad(folder, "is not class-conditional", "give a model with num_class_embeds")
+        held = "has one label row: too few for a class" if rows == 1 else "is not class-conditional"
+        raise _bad(folder, held, "give a model with num_class_embeds")
     if "num_classes" not in index:
         return (rows - 1, True) if has_null else (rows, False)
     num_classes, guided = index["num_classes"], bool(index.get("guided", True))

@@ -28,6 +28,7 @@ MUST_EQUAL = (
     "out_channels",
     "num_class_embeds",
     "class_embed_type",
+    "attn_norm_num_groups",
     "act_fn",
     "center_input_sample",
     "time_embedding_type",
@@ -315,7 +316,7 @@ def _nearest_frequencies(width: int, kept: int, shift: float) -> Tensor:
     return torch.cat([index, half + index])
 
 
-def student_for_ratio(config: Mapping[str, Any], ratio: float) -> dict[str, Any]:
+def student_for_ratio(config: Mapping[str, Any], ratio: float, parameters: int | None = None) -> dict[str, Any]:
     """Recipe options of the largest student with at most ``1/ratio`` of the teacher's parameters.
 
     Widths are scaled together to multiples of the norm's groups, layers are dropped where that leaves more width;
@@ -324,6 +325,7 @@ def student_for_ratio(config: Mapping[str, Any], ratio: float) -> dict[str, Any]
     Args:
         config: the teacher's ``network.config`` (``UNet2DModel``).
         ratio: how many times smaller, at least 1.
+        parameters: the teacher's; None: those of our network of its sizes, which lacks what is foreign in its form.
 
     Returns:
         Options of the ``unet2d`` family, ready for a recipe's ``student`` section.
@@ -332,7 +334,7 @@ def student_for_ratio(config: Mapping[str, Any], ratio: float) -> dict[str, Any]
         InputError: for a ratio under 1, or one that no student of this shape reaches.
     """
     if not ratio >= 1:
-        raise InputError("ratio", ratio, "give a number of at least 1: how many times smaller the student shall be")
+        raise InputError("ratio", ratio, "give a number of at least 1: how many times smaller the student should be")
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else size
     teacher = {
@@ -350,7 +352,8 @@ def student_for_ratio(config: Mapping[str, Any], ratio: float) -> dict[str, Any]
             network = build(sample_shape=shape, num_classes=(config["num_class_embeds"] or 2) - 1, **options)
         return sum(parameter.numel() for parameter in network.parameters())
 
-    budget = count(**teacher) / ratio
+    whole = count(**teacher) if parameters is None else parameters
+    budget = whole / ratio
     groups = config["norm_num_groups"]
     smallest = teacher
     while True:
@@ -365,7 +368,7 @@ def student_for_ratio(config: Mapping[str, Any], ratio: float) -> dict[str, Any]
         if fitting:
             return max(fitting, key=lambda item: item[0])[1]
         if groups % 2:
-            reach = count(**teacher) / count(**smallest)
+            reach = whole / count(**smallest)
             raise InputError("ratio", ratio, f"give at most {math.floor(reach)}, or a teacher with fewer levels")
         groups //= 2
 

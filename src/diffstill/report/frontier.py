@@ -59,6 +59,14 @@ def frontier_plots(
     ]
 
 
+def _flops(model: ModelEvaluation, quality: Quality) -> float:
+    """FLOPs an image where the quality was measured: at s = 1 a model of two passes a step needs one."""
+    assert model.cost is not None
+    if quality is gap_error or model.best is None:
+        return model.cost.flops_image
+    return model.best.nfe * model.cost.flops_forward
+
+
 def _plot(
     models: Mapping[str, ModelEvaluation],
     title: str,
@@ -67,7 +75,7 @@ def _plot(
     levels: Mapping[str, float] | None = None,
 ) -> Markup | None:
     measured = [(name, m, quality(m)) for name, m in models.items()]
-    found = [(name, m, m.cost.flops_image, q.value, q) for name, m, q in measured if m.cost and q and q.value]
+    found = [(name, m, _flops(m, quality), q.value, q) for name, m, q in measured if m.cost and q and q.value]
     if len(found) < 2:
         return None
     panel = Panel(title, "FLOPs an image", size=(9.8, 4.8))

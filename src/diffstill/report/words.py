@@ -210,7 +210,7 @@ def verdict(receipt: Receipt) -> list[str]:
     few = receipt.protocol.few_shot if receipt.protocol else None
     point = shown(model, few)
     if point is not None and point.few_shot is not None and few is not None:
-        said.append(_alone_sentences(point.few_shot, few) if few.alone else _few_shot_sentence(point.few_shot))
+        said.append(_alone_sentences(point.few_shot, few) if few.alone else _few_shot_sentence(point.few_shot, few))
     if model.encoding is not None:
         said.append(_encoding_sentence(model.encoding))
     elif model.fidelity is not None:
@@ -243,11 +243,12 @@ def beside(receipt: Receipt) -> list[str]:
     return said
 
 
-def _few_shot_sentence(found: FewShot) -> str:
+def _few_shot_sentence(found: FewShot, few: FewShotProtocol) -> str:
     kept = percent(found.diversity_share.model_copy(update={"low": None}))
     copied = percent(found.memorised.model_copy(update={"low": None}))
+    near = percent(Estimate(value=few.near))
     diversity = f"Its samples have {kept} of the diversity of real images" if found.diversity_share.value else ""
-    copies = f"{copied} of them lie as near to one of the few as 5.0{THIN}% of real images do"
+    copies = f"{copied} of them lie as near to one of the few as {near} of real images do"
     return f"{diversity}; {copies}." if diversity else f"{copies.replace('of them', 'of its samples')}."
 
 

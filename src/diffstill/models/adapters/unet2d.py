@@ -100,7 +100,7 @@ def stages(network: Any) -> dict[str, nn.Module]:
     Down blocks return (hidden, skips).
     """
     named: dict[str, nn.Module] = {f"down.{i}": block for i, block in enumerate(network.down_blocks)}
-    named["mid"] = network.mid_block
+    named |= {"mid": network.mid_block} if network.mid_block is not None else {}
     named |= {f"up.{i}": block for i, block in enumerate(network.up_blocks)}
     named["last"] = network.conv_act
     return named
@@ -114,7 +114,7 @@ def taps(network: Any) -> dict[str, nn.Module]:
         after = list(getattr(block, "attentions", None) or block.resnets)
         named |= {f"down.{i}.{j}": layer for j, layer in enumerate(after)}
         named |= {f"down.{i}.down": layer for layer in (getattr(block, "downsamplers", None) or [])}
-    named["mid"] = network.mid_block
+    named |= {"mid": network.mid_block} if network.mid_block is not None else {}
     return named
 
 
