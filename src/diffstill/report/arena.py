@@ -33,8 +33,8 @@ class ArmSeed(Result):
 class ArenaArm(Result):
     """One method, trained from several seeds.
 
-    No figure is picked on the samples it is reported on: the guidance a seed is judged at is chosen by the other seeds
-    of the same budget (by itself where it is alone).
+    The guidance a seed is judged at is chosen by the other seeds of the same budget (by itself where it is alone), which
+    are sampled from the same noise.
     """
 
     name: str
