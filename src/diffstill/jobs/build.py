@@ -201,6 +201,20 @@ def build_arm(recipe: DistillRecipe, spec: ArmSpec, teacher: Teacher, seed: int)
     return method
 
 
+def check_arms(recipe: DistillRecipe, arms: Mapping[str, ArmSpec], teacher: Teacher, field: str) -> None:
+    """What ``build_arm`` would refuse, before anything is written.
+
+    Raises:
+        InputError: names an arm's own method and student as ``field.NAME.method`` and ``field.NAME.student``.
+    """
+    for name, spec in arms.items():
+        try:
+            build_arm(recipe, spec, teacher, recipe.seed)
+        except InputError as error:
+            own = error.field.partition(".")[0] in ("method", "student")
+            raise error.renamed(f"{field}.{name}.{error.field}") if own else error from None
+
+
 def check_live(method: Method, teacher: Teacher) -> None:
     """What learns from the null branch needs a teacher whose null branch was trained.
 

@@ -22,6 +22,7 @@ from .build import (
     build_denoiser,
     build_method,
     build_student,
+    check_arms,
     check_data,
     check_live,
     check_roles,
@@ -216,8 +217,7 @@ def distill(
     data = load_data(recipe.data)
     blank = blank_teacher(recipe, data)
     _, method = prepare_student(recipe, data, blank)
-    for spec in recipe.beside.values():
-        build_arm(recipe, spec, blank, recipe.seed)
+    check_arms(recipe, recipe.beside, blank, "beside")
     check_run(recipe, blank.denoiser.schedule.T, runtime)
     check_steps(recipe, blank.denoiser, method.student)
     folder = RunFolder(out, resolved(recipe), inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)

@@ -120,6 +120,9 @@ def sample(
         raise InputError("n", count, "ask for one image or more")
     if out.suffix and out.suffix.lower() not in (".png", ".npz"):
         raise InputError("out", str(out), "name a .png file for a grid, an .npz file, or a folder for single images")
+    if not out.suffix and any(out.glob("[0-9]*-*.png")):
+        problem = "holds images of an earlier call, which an evaluation of the folder would count in"
+        raise InputError("out", str(out), "name another folder, or delete them", problem=problem)
     if seed < 0:
         raise InputError("seed", seed, "use 0 or a greater whole number")
     per_row = 8

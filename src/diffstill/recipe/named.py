@@ -57,7 +57,8 @@ class NetworkSpec(BaseModel):
             if any(isinstance(part, bool) for part in (value if isinstance(value, list) else [value])):
                 raise Within(str(InputError(key, value, "give a number")))
             if key in LISTS and not isinstance(value, (list, tuple)):
-                raise Within(str(InputError(key, value, f"give a list, e.g. [{value}, {value}]")))
+                meant = value if isinstance(value, str) and "," in value else f"{value}, {value}"
+                raise Within(str(InputError(key, value, f"give a list, e.g. [{meant}]")))
             sizes = value if key == "block_out_channels" else [] if key in NOT_SIZES else [value]
             if any(isinstance(size, int) and size < 1 for size in sizes):
                 raise Within(str(InputError(key, value, "use 1 or more")))

@@ -33,7 +33,7 @@ class ArmSeed(Result):
 class ArenaArm(Result):
     """One method, trained from several seeds.
 
-    The guidance a seed is judged at is chosen by the other seeds of the same budget (by itself where it is alone), which
+    The guidance a seed is judged at is chosen by the other seeds of the same budget (by itself where it is alone); they
     are sampled from the same noise.
     """
 

@@ -124,7 +124,8 @@ def _table_note(protocol: FewShotProtocol) -> str:
     many, few = (f"{100 * share:.0f}\u202f%" for share in (1 - protocol.near, protocol.near))
     if not protocol.alone:
         note += (
-            f"Copies: samples nearer to a shot than {many} of the held-out images are; {few} is chance, more where few are held out. "
+            f"Copies: samples nearer to a shot than {many} of the held-out images are; {few} is chance, "
+            "more where few are held out. "
             "Nearest shot: mean distance to it, over that of the held-out images. "
         )
     elif protocol.copies_known:
