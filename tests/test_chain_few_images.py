@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from diffstill.cli import main
+from diffstill.models.denoiser import identity
 from diffstill.models.folder import load_model
 from diffstill.models.lineage import weights_sha256
 from diffstill.report.receipt import Receipt
@@ -53,7 +54,8 @@ def test_stages_have_their_own_data_and_roles_and_doing_nothing_is_a_row(tmp_pat
     first = {name: told[0] for name, told in marks(tmp_path).items()}
     data = {name: told["inputs"]["data"] for name, told in first.items()}
     assert data["source"] != data["tuned"] == data["adapted"]
-    assert first["adapted"]["inputs"]["roles"] == {"target_teacher": first["tuned"]["weights_sha256"]}
+    (tuned,) = (tmp_path / "run" / "stages").glob("tuned-????????/model")
+    assert first["adapted"]["inputs"]["roles"] == {"target_teacher": identity(load_model(tuned).denoiser)}
     assert "roles" not in first["tuned"]["inputs"]
     models = Receipt.load(tmp_path / "run").models
     rows = ["source", "tuned", "adapted", "source@2-renoise", "tuned@2-renoise"]

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from diffstill.console import doctor_text
 from diffstill.diffusion.guidance import Constant
 from diffstill.errors import InputError
 from diffstill.evaluation.sampling import sample_images
-from diffstill.models.folder import load_model
+from diffstill.jobs.evaluate import guidance_of
+from diffstill.models.folder import LoadedModel, load_model
 from diffstill.recipe import load_recipe
 from diffstill.report import words
 from diffstill.report.receipt import Receipt
@@ -111,6 +114,40 @@ def test_sample_draws_what_was_asked(tiny_run: Path, tmp_path: Path) -> None:
         drawn = Image.open(file)
         assert drawn.mode == "L"
         assert np.abs(np.asarray(drawn).astype(int) - image[0].numpy().astype(int)).max() <= 1
+
+
+def test_sample_mixes_its_images_with_no_earlier_ones(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["sample", str(tiny_run / "model"), "--steps", "2", "--quiet", "--out", str(tmp_path / "x")]
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "notes.txt").touch()
+    assert main([*asked, "-n", "3"]) == 0
+    before = sorted((tmp_path / "x").iterdir())
+    assert main([*asked, "-n", "2"]) == 2
+    assert "holds images of an earlier call" in capsys.readouterr().err
+    assert sorted((tmp_path / "x").iterdir()) == before
+
+
+@pytest.mark.parametrize("text", ["1", "1.0"])
+def test_a_model_of_one_scale_may_be_told_that_scale(text: str) -> None:
+    model = SimpleNamespace(guided=False, default_guidance="1", denoiser=SimpleNamespace(unconditional=True))
+    assert str(guidance_of(text, cast(LoadedModel, model))) == "1"
+    with pytest.raises(InputError, match="cannot be set: this model is unconditional"):
+        guidance_of("2", cast(LoadedModel, model))
+
+
+def test_an_arms_complaint_names_the_arm(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_run: Path) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny_run / "teacher", plain)
+    (plain / "curriculum.safetensors").unlink()
+    command = ["distill", "digits-dash", f"teacher={{model: {plain}}}", "method.curriculum=none", "--dry-run"]
+    command.append("student={family: teacher}")
+    assert main(command) == 2
+    assert "diffstill: beside.conditional-only.method.curriculum: " in capsys.readouterr().err
+    assert main([*command, "beside={}"]) == 0
+    assert main(["distill", "digits-dash", "student.block_out_channels=8,16", "--dry-run"]) == 2
+    assert "give a list, e.g. [8,16]" in capsys.readouterr().err
 
 
 def test_sample_is_the_same_for_any_batch_size(tiny_run: Path, tmp_path: Path) -> None:

@@ -361,6 +361,29 @@ def test_teacher_outputs_are_computed_once_without_gradients_and_refuse_what_was
     same(TeacherOutputs(teacher, batch, frozenset({"null"})).null, both.null)
 
 
+def test_what_arms_share_is_charged_to_each_of_them_once() -> None:
+    """In whatever order they come; with ``teacher_reuse`` the same outputs are shown again, and cost nothing more."""
+    made, now = bench("dash"), [0.0]
+    outputs = TeacherOutputs(made.teacher(), made.batch(), frozenset({"model"}), lambda: now[0])
+
+    def dear(model: object, batch: object) -> int:
+        now[0] += 5.0
+        return 1
+
+    outputs.once("path", dear)
+    assert outputs.owed("first") == 0.0, "its own clock has run already"
+    outputs.once("path", dear)
+    outputs.once("path", dear)
+    assert outputs.owed("second") == 5.0
+    outputs.once("other", dear)
+    outputs.once("path", dear)
+    assert outputs.owed("third") == 5.0, "the path; the other it computed itself"
+    for arm in ("first", "second", "third"):
+        outputs.once("path", dear)
+        assert outputs.owed(arm) == 0.0
+    assert outputs.owed("idle") == 0.0
+
+
 def test_terms_of_weight_zero_are_logged_and_send_no_gradient() -> None:
     a, b = torch.tensor(2.0, requires_grad=True), torch.tensor(3.0, requires_grad=True)
     found = Losses.weighted(a=(0.5, a), b=(0.0, b))

@@ -22,7 +22,7 @@ from ..recipe import ArmSpec, DistillRecipe, MethodSpec, NetworkSpec, resolved
 from ..report.arena import ArenaArm, ArenaResult, ArmSeed, Budget
 from ..report.page import write_arena
 from ..report.receipt import environment
-from .build import Teacher, build_arm, check_arms, check_data, check_run, probe_data
+from .build import Teacher, build_arm, build_arms, check_data, check_run, probe_data
 from .distill import PROBE_PAIRS, blank_teacher, inputs_of, obtain_teacher
 from .finish import (
     Subject,
@@ -87,7 +87,7 @@ def arena(
     blank = blank_teacher(recipe, data)
     check_run(recipe, blank.denoiser.schedule.T, runtime)
     check_data(data, blank.denoiser)
-    check_arms(recipe, arms, blank, "arena.arms")
+    build_arms(recipe, arms, blank, "arena.arms")
     identity = resolved(recipe.model_copy(update={"arena": recipe.arena.model_copy(update={"arms": arms})}))
     folder = RunFolder(out, identity, inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)
     evaluator = evaluator_for(recipe.evaluation, data, runtime, ui, out)

@@ -201,18 +201,20 @@ def build_arm(recipe: DistillRecipe, spec: ArmSpec, teacher: Teacher, seed: int)
     return method
 
 
-def check_arms(recipe: DistillRecipe, arms: Mapping[str, ArmSpec], teacher: Teacher, field: str) -> None:
-    """What ``build_arm`` would refuse, before anything is written.
+def build_arms(recipe: DistillRecipe, arms: Mapping[str, ArmSpec], teacher: Teacher, field: str) -> dict[str, Method]:
+    """Every arm's method by name, from the recipe's own seed.
 
     Raises:
-        InputError: names an arm's own method and student as ``field.NAME.method`` and ``field.NAME.student``.
+        InputError: as ``build_arm``; an arm's own parts are named ``field.NAME.method`` and ``field.NAME.student``.
     """
+    made = {}
     for name, spec in arms.items():
         try:
-            build_arm(recipe, spec, teacher, recipe.seed)
+            made[name] = build_arm(recipe, spec, teacher, recipe.seed)
         except InputError as error:
             own = error.field.partition(".")[0] in ("method", "student")
             raise error.renamed(f"{field}.{name}.{error.field}") if own else error from None
+    return made
 
 
 def check_live(method: Method, teacher: Teacher) -> None:

@@ -18,11 +18,10 @@ from ..recipe import DistillRecipe, TrainRecipe, load_recipe, resolved, without_
 from ..report.receipt import Receipt, TrainingSummary
 from .build import (
     Teacher,
-    build_arm,
+    build_arms,
     build_denoiser,
     build_method,
     build_student,
-    check_arms,
     check_data,
     check_live,
     check_roles,
@@ -171,7 +170,7 @@ def train_student(
     probe = None
     if METHODS[recipe.method.name].guided and not teacher.denoiser.unconditional:
         probe = FidelityProbe(teacher.denoiser, probe_data(data), pairs=PROBE_PAIRS, seed=recipe.seed)
-    beside = {arm: build_arm(recipe, spec, teacher, recipe.seed) for arm, spec in recipe.beside.items()}
+    beside = build_arms(recipe, recipe.beside, teacher, "beside")
     trainer = run_stage(
         [Planned(name, method), *(Planned(arm, other) for arm, other in beside.items())],
         title=f"distill {name}",
@@ -217,7 +216,7 @@ def distill(
     data = load_data(recipe.data)
     blank = blank_teacher(recipe, data)
     _, method = prepare_student(recipe, data, blank)
-    check_arms(recipe, recipe.beside, blank, "beside")
+    build_arms(recipe, recipe.beside, blank, "beside")
     check_run(recipe, blank.denoiser.schedule.T, runtime)
     check_steps(recipe, blank.denoiser, method.student)
     folder = RunFolder(out, resolved(recipe), inputs_of(recipe, data, blank), fresh=fresh, write=runtime.is_main)

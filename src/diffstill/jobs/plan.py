@@ -16,7 +16,7 @@ from ..methods import Method, Setting
 from ..models.denoiser import Denoiser
 from ..recipe import AnyRecipe, ArmSpec, ChainRecipe, DistillRecipe, EvaluationSpec, TrainRecipe, resolved, to_yaml
 from ..report.words import seconds as duration
-from .build import build_arm, build_denoiser, build_method, check_run
+from .build import build_arms, build_denoiser, build_method, check_run
 from .distill import blank_teacher, prepare_student, teacher_recipe
 from .stages import StageData, check_baselines, check_stages, stages_of
 from .subject import prepare
@@ -108,8 +108,8 @@ def plan(recipe: AnyRecipe, runtime: Runtime, arms: Mapping[str, ArmSpec] | None
     if arms is None:
         _, method = prepare_student(recipe, data, teacher)
         forecasts[recipe.name] = (_forecast(method, teacher.denoiser, settings, runtime), settings.images)
-    for name, spec in (recipe.beside if arms is None else arms).items():
-        method = build_arm(recipe, spec, teacher, recipe.seed)
+    beside, field = (recipe.beside, "beside") if arms is None else (arms, "arena.arms")
+    for name, method in build_arms(recipe, beside, teacher, field).items():
         forecasts[name] = (_forecast(method, teacher.denoiser, settings, runtime), settings.images)
     return Plan(recipe, forecasts, seeds, tuple(arms or ()))
 
