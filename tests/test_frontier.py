@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+import fabricated
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from diffstill.report.frontier import CROWD, LINE_HEIGHT, ROOM, names_beside
+from diffstill.report.frontier import CROWD, LINE_HEIGHT, ROOM, best_flops, names_beside
 
 HEIGHTS = st.lists(st.floats(0, 400), min_size=CROWD, max_size=12)
 
@@ -39,3 +40,13 @@ def test_few_points_and_points_side_by_side_keep_their_names_above() -> None:
     assert names_beside([(2 * ROOM[0] * i, 5.0) for i in range(5)]) == {}
     mixed = [(0.0, 0.0), (400.0, 7.0), (1.0, 30.0), (2.0, 60.0)]
     assert set(names_beside(mixed)) == {0, 2, 3}
+
+
+def test_a_best_distance_at_scale_one_costs_one_pass_a_step() -> None:
+    model = fabricated.evaluation("student", "dash", [3.0, 2.0, 1.0, 2.0, 3.0], fabricated.cost(1000, 1.0), None, {})
+    assert model.cost is not None
+    for point in model.sweep:
+        best = model.model_copy(update={"sweep": [point]})
+        passes = 50 if point.guidance == "1" else 100
+        assert best_flops(best) == passes * model.cost.flops_forward
+    assert best_flops(model.model_copy(update={"cost": None})) is None

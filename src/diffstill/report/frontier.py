@@ -59,12 +59,9 @@ def frontier_plots(
     ]
 
 
-def _flops(model: ModelEvaluation, quality: Quality) -> float:
-    """FLOPs an image where the quality was measured: at s = 1 a model of two passes a step needs one."""
-    assert model.cost is not None
-    if quality is gap_error or model.best is None:
-        return model.cost.flops_image
-    return model.best.nfe * model.cost.flops_forward
+def best_flops(model: ModelEvaluation) -> float | None:
+    """FLOPs an image at the guidance of the best distance: at s = 1 a model of two passes a step needs one."""
+    return model.best.nfe * model.cost.flops_forward if model.best and model.cost else None
 
 
 def _plot(
@@ -75,7 +72,9 @@ def _plot(
     levels: Mapping[str, float] | None = None,
 ) -> Markup | None:
     measured = [(name, m, quality(m)) for name, m in models.items()]
-    found = [(name, m, _flops(m, quality), q.value, q) for name, m, q in measured if m.cost and q and q.value]
+    guided = quality is gap_error
+    costs = {name: m.cost.flops_image if m.cost and guided else best_flops(m) for name, m in models.items()}
+    found = [(name, m, cost, q.value, q) for name, m, q in measured if (cost := costs[name]) and q and q.value]
     if len(found) < 2:
         return None
     panel = Panel(title, "FLOPs an image", size=(9.8, 4.8))

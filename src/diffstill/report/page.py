@@ -152,7 +152,7 @@ def _inside(run_dir: Path, relative: str | None) -> Path:
 
 
 def _costs(models: Mapping[str, ModelEvaluation]) -> dict[str, tuple[float, Estimate]]:
-    return {name: (m.best.nfe * m.cost.flops_forward, m.best.fd) for name, m in models.items() if m.cost and m.best}
+    return {name: (cost, m.best.fd) for name, m in models.items() if m.best and (cost := frontier.best_flops(m))}
 
 
 def _turned(models: Mapping[str, ModelEvaluation]) -> bool:
